@@ -8,8 +8,8 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['drop_grads', 'level_slow_weights', 'fingerprint', 'active_callback', 'BatchNormFreeze']
 
-# %% ../nbs/03_callback.ipynb #b981ca1f
-import hashlib, warnings, weakref
+# %% ../nbs/03_callback.ipynb #688a7290
+import warnings, weakref
 from contextlib import ExitStack
 
 import torch
@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from xxhash import xxh3_128_digest
 
 from .core import (MODES, affine_params, held_stats, is_frozen_norm, named_modules, norm_layers, set_affine,
                                   stats_buffers, warn_fixed_stats)
@@ -44,13 +45,12 @@ def level_slow_weights(
         for slow,p in zip(slow_group, group):
             if p in fixed: slow.data.copy_(p.data)
 
-# %% ../nbs/03_callback.ipynb #2f30c4b4
+# %% ../nbs/03_callback.ipynb #4b5ca014
 def fingerprint(
     tensor:Tensor, # Of any shape, type and device
-) -> bytes: # BLAKE2b digest
-    "A digest that differs when any bit of `tensor` does"
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(raw.numpy(), digest_size=16).digest()
+) -> bytes: # 16 bytes
+    "A hash (XXH3) that differs when any bit of `tensor` does, but for odds of 1 in 2^128"
+    return xxh3_128_digest(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 # %% ../nbs/03_callback.ipynb #80971360
 def _gather(names:set[str], model:nn.Module) -> list[str]:
@@ -68,12 +68,12 @@ def active_callback(
     "The `BatchNormFreeze` whose policy is in force"
     return next((cb for cb in reversed(learn.cbs) if isinstance(cb, BatchNormFreeze)), None)
 
-# %% ../nbs/03_callback.ipynb #5c411420
+# %% ../nbs/03_callback.ipynb #9ed2e330
 class BatchNormFreeze(Callback):
     "Keep the batch norm modes of a policy in every fit of a Learner, relative to its freeze point"
     order = TrainEvalCallback.order+1 # just after the switch to train mode, before anything that wraps the model or swaps its weights
     run_valid = False
-    _learn,_stateattrs = None,('_held', '_held_layers', '_fixed', '_prints', '_seen', '_pending')
+    _learn,_stateattrs = None,('_held', '_held_layers', '_fixed', '_prints', '_seen', '_active', '_pending')
 
     def __init__(self,
         bn:str|dict='frozen', # Mode of norm layers in frozen groups, or a dict of globs over layer names to modes
@@ -85,7 +85,8 @@ class BatchNormFreeze(Callback):
         self.policy,self.since,self.verify = check_policy(Policy(bn, bn_above)),{},verify
 
     def _init_state(self):
-        self._held,self._held_layers,self._fixed,self._prints,self._seen,self._pending = ExitStack(),[],None,{},None,False
+        self._held,self._held_layers,self._fixed,self._prints = ExitStack(),[],None,{}
+        self._seen,self._active,self._pending = None,False,False
 
     @property
     def learn(self): return self._learn
@@ -118,7 +119,7 @@ def split(self:BatchNormFreeze,
     finally:
         for p in fixed: p.requires_grad_(False)
 
-# %% ../nbs/03_callback.ipynb #4b1a6796
+# %% ../nbs/03_callback.ipynb #30430a1d
 @patch
 def _detach(self:BatchNormFreeze):
     self._release()
@@ -131,13 +132,13 @@ def _detach(self:BatchNormFreeze):
 @patch
 def _restore_fastai(self:BatchNormFreeze):
     norm_params = {p for l in norm_layers(self.model).values() for p in affine_params(l)}
-    for group,frozen in zip(self.opt.param_lists, self.frozen_groups()):
+    for group,frozen in zip(self.opt.param_lists, self.frozen()):
         for p in group:
             if p in norm_params: p.requires_grad_(not frozen or self.opt.state.get(p, {}).get('force_train', False))
 
-# %% ../nbs/03_callback.ipynb #f7546292
+# %% ../nbs/03_callback.ipynb #5cdc519d
 @patch
-def frozen_groups(self:BatchNormFreeze) -> list[bool]: # For each parameter group of the Learner, whether it is frozen
+def frozen(self:BatchNormFreeze) -> list[bool]: # For each parameter group of the Learner, whether it is frozen
     "Which groups are frozen now: by the last freeze point that somebody set, and by what the tensors say"
     opt,last = self.opt,0
     if self._seen is not None and self._seen[0]() is opt: last = self._seen[1]
@@ -145,13 +146,13 @@ def frozen_groups(self:BatchNormFreeze) -> list[bool]: # For each parameter grou
     self._seen = weakref.ref(opt),opt.frozen_idx
     return frozen_groups(self.model, opt.param_lists, self._n)
 
-# %% ../nbs/03_callback.ipynb #9715352b
+# %% ../nbs/03_callback.ipynb #37f1422d
 @patch
 def modes(self:BatchNormFreeze) -> dict[str, str]: # Name of each norm layer to its mode
     "The mode that the policy gives every norm layer of the Learner's model at the freeze point in force"
-    return layer_modes(self.model, self.opt.param_lists, self.frozen_groups(), self.policy)
+    return layer_modes(self.model, self.opt.param_lists, self.frozen(), self.policy)
 
-# %% ../nbs/03_callback.ipynb #9d3c8b65
+# %% ../nbs/03_callback.ipynb #170998cb
 @patch
 def apply(self:BatchNormFreeze) -> dict[str, str]: # Name of each norm layer to its mode
     "Put the policy onto the tensors now, as every fit does: `requires_grad` of norm layers, and no gradient left on what is fixed"
@@ -159,7 +160,7 @@ def apply(self:BatchNormFreeze) -> dict[str, str]: # Name of each norm layer to 
     in_optimizer = {p for group in groups for p in group}
     set_affine({layers[n]: mode for n,mode in modes.items() if all(p in in_optimizer for p in affine_params(layers[n]))})
     norm_params = {p for l in layers.values() for p in affine_params(l)}
-    self._fixed_params = [p for group,frozen in zip(groups, self.frozen_groups()) for p in group
+    self._fixed_params = [p for group,frozen in zip(groups, self.frozen()) for p in group
                           if not p.requires_grad and (frozen or p in norm_params)]
     drop_grads(self._fixed_params)
     level_slow_weights(self.opt, self._fixed_params)
@@ -174,7 +175,7 @@ def set_policy(self:BatchNormFreeze,
     "Follow `policy` from now on, and count movement from here"
     self.policy,self.since,self._seen,self._n = policy,snapshot(self.model),None,0
 
-# %% ../nbs/03_callback.ipynb #0b0c9bb6
+# %% ../nbs/03_callback.ipynb #96a33885
 @patch
 def before_fit(self:BatchNormFreeze):
     "Put the policy onto the tensors, unless this is a validation"
@@ -190,7 +191,7 @@ def before_fit(self:BatchNormFreeze):
 @patch
 def before_train(self:BatchNormFreeze):
     "Look up layers and freeze point anew at the first batch, when every other callback has had its say"
-    self._pending = active_callback(self.learn) is self
+    self._active = self._pending = active_callback(self.learn) is self
 
 @patch
 def before_batch(self:BatchNormFreeze):
@@ -201,7 +202,7 @@ def before_batch(self:BatchNormFreeze):
 @patch
 def before_step(self:BatchNormFreeze):
     "Whatever was thawed during the epoch counts from the next one"
-    drop_grads(self._fixed_params)
+    if self._active: drop_grads(self._fixed_params)
 
 # %% ../nbs/03_callback.ipynb #b22833f4
 @patch

@@ -120,7 +120,7 @@ def check_glob(
     raise ValueError(f"The glob {glob!r} matches no norm layer of the model, which has: {known}. "
                      "Give a glob over these dotted names, such as '0.*', or '*' for all.")
 
-# %% ../nbs/00_core.ipynb #d1bcbf13
+# %% ../nbs/00_core.ipynb #34b150da
 class _Hold:
     "A mode set on a layer and the forward hooks that keep its statistics fixed; a copy or pickle holds nothing unless `lasting`"
     mode,lasting,handles,flag = None,False,(),None
@@ -140,28 +140,34 @@ class _Hold:
         if self.flag is not None: layer.training = self.flag # an interrupted forward pass has no way out
         self.handles,self.flag = (),None
 
-    def __getstate__(self): return self.__dict__ if self.lasting else {'mode': None}
+    def __getstate__(self): return self.__dict__ if self.lasting else {'handles': self.handles}
 
-# %% ../nbs/00_core.ipynb #2f7eb76f
-def _swap_hold(layer:nn.Module, hold:_Hold|None) -> _Hold|None:
-    "Put `hold` on `layer` in place of the one it has, which is returned"
-    old = layer.__dict__.pop('_bn_hold', None)
-    if old is not None: old.release(layer)
-    if hold is not None: hold.engage(layer); layer._bn_hold = hold
-    return old
+# %% ../nbs/00_core.ipynb #649fe366
+def _hold_on(layer:nn.Module) -> _Hold|None:
+    "The hold on `layer`, if there is one and it holds"
+    hold = layer.__dict__.get('_bn_hold')
+    return None if hold is None or hold.mode is None else hold
 
-# %% ../nbs/00_core.ipynb #e6149921
+# %% ../nbs/00_core.ipynb #39970904
+def _put_hold(layer:nn.Module, hold:_Hold|None):
+    "Put `hold` on `layer` in place of the one it has"
+    if '_bn_hold' in layer.__dict__: layer.__dict__.pop('_bn_hold').release(layer)
+    if hold is None: return
+    layer._bn_hold = hold
+    hold.engage(layer)
+
+# %% ../nbs/00_core.ipynb #4806cbb2
 @contextmanager
 def held_stats(
     modes:Mapping[nn.Module, str], # Norm layer to mode
 ):
     "Hold the statistics half of each layer's mode through any `.train()`; on every way out each layer has again what it had"
-    before = {l: l.__dict__.get('_bn_hold') for l in modes}
+    before = {l: _hold_on(l) for l in modes}
     try:
-        for l,mode in modes.items(): _swap_hold(l, _Hold(mode))
+        for l,mode in modes.items(): _put_hold(l, _Hold(mode))
         yield
     finally:
-        for l,hold in before.items(): _swap_hold(l, hold)
+        for l,hold in before.items(): _put_hold(l, hold)
 
 # %% ../nbs/00_core.ipynb #bec8b3b5
 def never_trained(
@@ -187,14 +193,15 @@ def warn_fixed_stats(
                             "nothing. Train these layers first, or give them the mode 'train'.", stacklevel=3)
     return lacking + fresh
 
-# %% ../nbs/00_core.ipynb #fbef474a
+# %% ../nbs/00_core.ipynb #6d9c7924
 def set_affine(
     modes:Mapping[nn.Module, str], # Norm layer to mode
 ):
     "Make the affine parameters of each layer require a gradient, or not, as its mode says"
     for trains in (True, False):
         for layer,mode in modes.items():
-            if MODES[mode].trains_affine == trains: [p.requires_grad_(trains) for p in affine_params(layer)]
+            if MODES[mode].trains_affine != trains: continue
+            for p in affine_params(layer): p.requires_grad = trains # not `requires_grad_`, which lazy layers refuse
 
 # %% ../nbs/00_core.ipynb #0ff60f25
 def _as_layers(model_or_layers) -> dict[str, nn.Module]:
@@ -208,7 +215,7 @@ def _as_layers(model_or_layers) -> dict[str, nn.Module]:
         found = {f'[{i}]' + (f'.{n}' if n else ''): l for i,m in enumerate(given) for n,l in norm_layers(m).items()}
     return {n: l for n,l in found.items() if not is_frozen_norm(l)}
 
-# %% ../nbs/00_core.ipynb #c7c4b2ad
+# %% ../nbs/00_core.ipynb #19f68e06
 def set_bn_mode(
     model_or_layers:nn.Module|Iterable[nn.Module], # A model (all its norm layers are set), or layers
     mode:str, # One of `MODES`; anything else raises `ValueError`
@@ -217,24 +224,23 @@ def set_bn_mode(
     check_mode(mode)
     layers = _as_layers(model_or_layers)
     warn_fixed_stats(dict.fromkeys(layers, mode), layers)
-    for l in layers.values(): _swap_hold(l, None if mode == 'train' else _Hold(mode, lasting=True))
+    for l in layers.values(): _put_hold(l, None if mode == 'train' else _Hold(mode, lasting=True))
     set_affine(dict.fromkeys(layers.values(), mode))
 
-# %% ../nbs/00_core.ipynb #6fa23a29
+# %% ../nbs/00_core.ipynb #338a5158
 def bn_mode(
     layer:nn.Module, # A norm layer; any other module raises `ValueError`
 ) -> str: # One of `MODES`
     "The mode set on `layer`, whatever `.train()` or `.eval()` was called since; an affine half that someone else (un)froze counts"
     if is_frozen_norm(layer): return 'frozen'
     if not isinstance(layer, NORM_TYPES): raise ValueError(f"{type(layer).__name__} is no norm layer, so it has no batch norm mode.")
-    hold,params = layer.__dict__.get('_bn_hold'),affine_params(layer)
-    is_set = hold is not None and hold.mode is not None
-    updates,trains = MODES[hold.mode if is_set else 'train']
+    hold,params = _hold_on(layer),affine_params(layer)
+    updates,trains = MODES['train' if hold is None else hold.mode]
     if params: trains = any(p.requires_grad for p in params)
-    if not is_set and not isinstance(layer, BN_TYPES): updates = trains # no statistics to speak of: named after the half it has
+    if hold is None and not isinstance(layer, BN_TYPES): updates = trains # no statistics to speak of: named after the half it has
     return _NAMES[Mode(updates, trains)]
 
-# %% ../nbs/00_core.ipynb #61cfdc83
+# %% ../nbs/00_core.ipynb #368e511a
 @contextmanager
 def hold_bn_mode(
     model:nn.Module, # Any model
@@ -254,4 +260,4 @@ def hold_bn_mode(
             set_affine(modes)
             yield model
     finally:
-        for p,rg in required.items(): p.requires_grad_(rg)
+        for p,rg in required.items(): p.requires_grad = rg

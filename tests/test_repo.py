@@ -1,0 +1,79 @@
+"The repository agrees with itself: modules and README with the notebooks, the notebooks with the house"
+
+import json, re, shutil, subprocess, sys
+from configparser import ConfigParser
+from importlib.metadata import metadata, version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+NOTEBOOKS = sorted((ROOT / 'nbs').rglob('*.ipynb'))
+FLOORS = [
+    'core',
+    'policy',
+    'stats',
+    'callback',
+    'precompute',
+    'plots',
+    'learner',
+    'compare',
+    'demo',
+    'cli',
+]  # each may import those before it
+
+
+def text(folder, pattern):
+    return {p.relative_to(folder): p.read_text(encoding='utf-8') for p in sorted(folder.rglob(pattern))}
+
+
+@pytest.fixture
+def copy(tmp_path):
+    for name in ('nbs', 'bnfreeze_fastai'):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    shutil.copy(ROOT / 'pyproject.toml', tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize('command,folder,pattern', [('nbdev-export', 'bnfreeze_fastai', '*.py'), ('nbdev-clean', 'nbs', '*.ipynb')])
+def test_exported_and_clean(copy, command, folder, pattern):
+    before = text(copy / folder, pattern)
+    subprocess.run([BIN / command], cwd=copy, check=True)
+    assert text(copy / folder, pattern) == before, f'run {command}'
+
+
+def test_readme_is_made_from_the_index(tmp_path):
+    subprocess.run(['make', 'readme', f'OUT={tmp_path}'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / 'README.md').read_text(encoding='utf-8') == (ROOT / 'README.md').read_text(encoding='utf-8'), 'run make readme'
+
+
+def test_metadata_comes_from_settings():
+    cfg = ConfigParser(delimiters=['='])
+    cfg.read(ROOT / 'settings.ini', encoding='utf-8')
+    cfg, dist = cfg['DEFAULT'], metadata('bnfreeze_fastai')
+    import bnfreeze_fastai
+
+    assert version('bnfreeze_fastai') == bnfreeze_fastai.__version__
+    assert dist['Name'] == cfg['lib_name'] and dist['Summary'] == cfg['description'] and dist['Requires-Python'] == f">={cfg['min_python']}"
+    assert f"## {bnfreeze_fastai.__version__}" in (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
+
+
+def test_modules_import_downwards_only():
+    for i, name in enumerate(FLOORS):
+        path = ROOT / 'bnfreeze_fastai' / f'{name}.py'
+        if not path.exists():
+            continue
+        imported = re.findall(r'from (?:bnfreeze_fastai|)\.(\w+) import', path.read_text(encoding='utf-8'))
+        assert set(imported) <= set(FLOORS[:i]), name
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_reads_like_a_page(path):
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    assert re.match(r'# .+\n\n> .+', ''.join(cells[0]['source'])), 'a title and a subtitle'
+    assert sum(c['cell_type'] == 'markdown' for c in cells) > len(cells) / 5
+    assert path.stem == 'index' or any('## Card' in ''.join(c['source']) for c in cells) or path.stem in ('05_plots', '08_cli')
+    for c in cells:
+        if c['cell_type'] == 'code':
+            assert max(map(len, ''.join(c['source']).splitlines())) <= 140, ''.join(c['source'])
