@@ -19,6 +19,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'bnfreeze_fastai/callback.py'),
                                           'bnfreeze_fastai.callback.BatchNormFreeze._restore_fastai': ( 'callback.html#batchnormfreeze._restore_fastai',
                                                                                                         'bnfreeze_fastai/callback.py'),
+                                          'bnfreeze_fastai.callback.BatchNormFreeze._start_epoch': ( 'callback.html#batchnormfreeze._start_epoch',
+                                                                                                     'bnfreeze_fastai/callback.py'),
                                           'bnfreeze_fastai.callback.BatchNormFreeze.after_cancel_epoch': ( 'callback.html#batchnormfreeze.after_cancel_epoch',
                                                                                                            'bnfreeze_fastai/callback.py'),
                                           'bnfreeze_fastai.callback.BatchNormFreeze.after_cancel_fit': ( 'callback.html#batchnormfreeze.after_cancel_fit',

@@ -152,7 +152,7 @@ def modes(self:BatchNormFreeze) -> dict[str, str]: # Name of each norm layer to 
     "The mode that the policy gives every norm layer of the Learner's model at the freeze point in force"
     return layer_modes(self.model, self.opt.param_lists, self.frozen(), self.policy)
 
-# %% ../nbs/03_callback.ipynb #170998cb
+# %% ../nbs/03_callback.ipynb #908a8a95
 @patch
 def apply(self:BatchNormFreeze) -> dict[str, str]: # Name of each norm layer to its mode
     "Put the policy onto the tensors now, as every fit does: `requires_grad` of norm layers, and no gradient left on what is fixed"
@@ -160,8 +160,9 @@ def apply(self:BatchNormFreeze) -> dict[str, str]: # Name of each norm layer to 
     in_optimizer = {p for group in groups for p in group}
     set_affine({layers[n]: mode for n,mode in modes.items() if all(p in in_optimizer for p in affine_params(layers[n]))})
     norm_params = {p for l in layers.values() for p in affine_params(l)}
-    self._fixed_params = [p for group,frozen in zip(groups, self.frozen()) for p in group
-                          if not p.requires_grad and (frozen or p in norm_params)]
+    fixed = [p for group,frozen in zip(groups, self.frozen()) for p in group if not p.requires_grad and (frozen or p in norm_params)]
+    in_epoch = [] if self._fixed is None else self._fixed_params # a thaw in the midst of an epoch counts from the next
+    self._fixed_params = list(dict.fromkeys([*in_epoch, *fixed]))
     drop_grads(self._fixed_params)
     level_slow_weights(self.opt, self._fixed_params)
     self._warned.update(warn_fixed_stats({n: mode for n,mode in modes.items() if n not in self._warned}, layers))
@@ -175,10 +176,10 @@ def set_policy(self:BatchNormFreeze,
     "Follow `policy` from now on, and count movement from here"
     self.policy,self.since,self._seen,self._n = policy,snapshot(self.model),None,0
 
-# %% ../nbs/03_callback.ipynb #96a33885
+# %% ../nbs/03_callback.ipynb #e742e8d0
 @patch
 def before_fit(self:BatchNormFreeze):
-    "Put the policy onto the tensors, unless this is a validation"
+    "Put the policy onto the tensors and hold the statistics, unless this is a validation"
     if self.learn.lock.locked(): return
     self._release()
     self._prints = {}
@@ -186,7 +187,7 @@ def before_fit(self:BatchNormFreeze):
     if any(isinstance(cb, BnFreeze) for cb in self.learn.cbs):
         warnings.warn("fastai's `BnFreeze` is beside `BatchNormFreeze`: it puts frozen batch norm in eval mode whatever the policy says. "
                       "Remove it with `learn.remove_cb(BnFreeze)`.")
-    self.apply()
+    self._hold()
 
 @patch
 def before_train(self:BatchNormFreeze):
@@ -195,8 +196,8 @@ def before_train(self:BatchNormFreeze):
 
 @patch
 def before_batch(self:BatchNormFreeze):
-    "Hold the statistics from the first training batch on"
-    if self._pending: self._hold()
+    "Follow what other callbacks did since the last epoch, and note what is fixed in this one"
+    if self._pending: self._start_epoch()
     for l in self._held_layers: l.training = False
 
 @patch
@@ -204,17 +205,22 @@ def before_step(self:BatchNormFreeze):
     "Whatever was thawed during the epoch counts from the next one"
     if self._active: drop_grads(self._fixed_params)
 
-# %% ../nbs/03_callback.ipynb #b22833f4
+# %% ../nbs/03_callback.ipynb #04e7d577
 @patch
-def _hold(self:BatchNormFreeze):
+def _hold(self:BatchNormFreeze) -> dict[str, str]: # Name of each norm layer to its mode
+    "Put the policy onto the tensors and hold the statistics"
     self._release()
     modes,layers = self.apply(),norm_layers(self.model)
     held = {layers[n]: mode for n,mode in modes.items() if not is_frozen_norm(layers[n])}
     self._held.enter_context(held_stats(held))
     self._held_layers = [l for l,mode in held.items() if not MODES[mode].updates_stats]
+    return modes
+
+@patch
+def _start_epoch(self:BatchNormFreeze):
+    modes,self._pending = self._hold(),False
     self._fixed = self._fixed_tensors(modes) if self.verify else {}
     self._prints = {n: self._prints.get(n) or fingerprint(t) for n,t in self._fixed.items()}
-    self._pending = False
 
 @patch
 def _fixed_tensors(self:BatchNormFreeze, modes:dict[str, str]) -> dict[str, Tensor]:

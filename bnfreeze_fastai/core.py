@@ -193,15 +193,17 @@ def warn_fixed_stats(
                             "nothing. Train these layers first, or give them the mode 'train'.", stacklevel=3)
     return lacking + fresh
 
-# %% ../nbs/00_core.ipynb #6d9c7924
+# %% ../nbs/00_core.ipynb #7cbd8671
 def set_affine(
     modes:Mapping[nn.Module, str], # Norm layer to mode
 ):
-    "Make the affine parameters of each layer require a gradient, or not, as its mode says"
+    "Make the affine parameters of each layer require a gradient, or have none, as its mode says"
     for trains in (True, False):
         for layer,mode in modes.items():
             if MODES[mode].trains_affine != trains: continue
-            for p in affine_params(layer): p.requires_grad = trains # not `requires_grad_`, which lazy layers refuse
+            for p in affine_params(layer):
+                p.requires_grad = trains # not `requires_grad_`, which lazy layers refuse
+                if not trains: p.grad = None
 
 # %% ../nbs/00_core.ipynb #0ff60f25
 def _as_layers(model_or_layers) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['BatchNormSummary']
 
-# %% ../nbs/06_learner.ipynb #e448fa41
+# %% ../nbs/06_learner.ipynb #612d2b24
 from operator import index
 
 import pandas as pd
@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from .callback import BatchNormFreeze, active_callback
 from .core import affine_params, bn_mode, norm_layers, stats_buffers
-from .policy import Policy, check_policy, layer_groups
+from .policy import Policy, check_policy, frozen_groups, layer_groups
 from .stats import moved
 
 # %% ../nbs/06_learner.ipynb #7800e28c
@@ -85,7 +85,7 @@ def _batches_tracked(layer) -> int|None:
     tracked = stats_buffers(layer).get('num_batches_tracked')
     return None if tracked is None else int(tracked)
 
-# %% ../nbs/06_learner.ipynb #28cbe665
+# %% ../nbs/06_learner.ipynb #d453bb6f
 @patch
 def bn_summary(self:Learner) -> BatchNormSummary: # Columns of `.df`: see the table below
     "Every norm layer with its parameter group, mode and tensors, and how far it has moved since the policy was set"
@@ -98,6 +98,6 @@ def bn_summary(self:Learner) -> BatchNormSummary: # Columns of `.df`: see the ta
     columns = ['layer', 'type', 'group', 'mode', 'affine_trainable', 'momentum', 'batches_tracked']
     df = pd.DataFrame(rows, columns=columns).astype({'momentum': 'float', 'batches_tracked': 'Int64'})
     df = df.merge(moved(self.model, {} if cb is None else cb.since), on='layer')
-    frozen = sum(cb.frozen()) if cb else self.opt.frozen_idx
+    frozen = sum(cb.frozen() if cb else frozen_groups(self.model, self.opt.param_lists, self.opt.frozen_idx))
     rule = f'bn={cb.policy.bn!r}, bn_above={cb.policy.bn_above!r}' if cb else 'no BatchNormFreeze: modes as the tensors show them'
     return BatchNormSummary(df, f'{rule}; {frozen} of {len(self.opt.param_lists)} parameter groups frozen')

@@ -59,6 +59,51 @@ def test_what_another_callback_thaws_or_freezes_counts_from_the_next_epoch():
     assert body.moved() == set()
 
 
+def test_a_policy_changed_inside_a_fit_counts_from_the_next_epoch():
+    learn = trained().freeze_to_bn(-1)
+    body, seen = Body(learn.model[0]), []
+    learn.add_cb(Recording(seen, body))
+    learn.fit(2, cbs=At('after_batch', lambda learn: learn.freeze_to_bn(0, bn_above='affine-only')))
+    assert seen == [set(), {'affine', 'others'}]
+    learn.remove_cb(Recording)
+    learn.fit(2, cbs=At('after_batch', lambda learn: learn.freeze_to_bn(-1, bn='frozen')))
+    body = Body(learn.model[0])
+    learn.fit(1)
+    assert body.moved() == set()
+
+
+def test_the_policy_is_there_before_anything_else_in_a_fit():
+    "Callbacks that wrap the model read `requires_grad` in `before_fit`; some run forward passes before the first batch"
+    learn, seen = trained(), []
+
+    class Early(Callback):
+        order = 0
+
+        def look(self):
+            seen.append(any(p.requires_grad for p in self.learn.model[0].parameters()))
+            self.learn.model.train()(torch.randn(4, 3, 8, 8))
+
+        def before_fit(self):
+            self.look()
+
+        def before_train(self):
+            self.look()
+
+        def after_train(self):
+            for p in self.learn.model.parameters():
+                p.data.mul_(2)
+
+        def before_validate(self):
+            for p in self.learn.model.parameters():
+                p.data.div_(2)
+
+    learn.add_cbs([BatchNormFreeze(), Early()])
+    learn.freeze()
+    body = Body(learn.model[0])
+    learn.fit(2)
+    assert seen == [False] * 3 and body.moved() == set()
+
+
 class Recording(Callback):
     def __init__(self, seen, body):
         self.seen, self.body = seen, body

@@ -249,6 +249,23 @@ def test_a_norm_layer_as_the_model():
     assert same(before, layer.buffers())
 
 
+@pytest.mark.parametrize('opt', [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+def test_a_torch_optimizer_passes_by_what_is_fixed(opt):
+    model, x = body_and_head(), torch.randn(4, 3, 8, 8)
+    optimizer = opt(model.parameters(), lr=0.1, weight_decay=0.1, **(dict(momentum=0.9) if opt is torch.optim.SGD else {}))
+
+    def train():
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)  # as fastai's does
+
+    train()
+    set_bn_mode(model[0], 'frozen')
+    before = bits([t for i in (1, 4) for t in model[0][i].state_dict().values()])
+    train()
+    assert same(before, [t for i in (1, 4) for t in model[0][i].state_dict().values()])
+
+
 def test_tied_weight_is_fixed_if_either_layer_fixes_it():
     a, b = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
     b.weight = a.weight

@@ -119,6 +119,7 @@ EVENTS = dict(
     accumulation=with_cb(lambda: GradientAccumulation(16)),
     clipping=with_cb(lambda: GradientClip(0.1)),
     bf16=lambda learn: fit()(learn.to_bf16()),
+    fp16=lambda learn: fit()(learn.to_fp16()),
     lr_find=lr_find,
     save_load=save_load,
     save_load_without_opt=save_load_without_opt,
