@@ -17,7 +17,7 @@ demo: .venv/installed
 	$(BIN)/bnfreeze demo
 
 test: .venv/installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n_workers 2
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/pytest --numprocesses 2 tests
 
 bench: .venv/installed

@@ -17,9 +17,10 @@ from fastcore.basics import noop
 from fastprogress.fastprogress import progress_bar
 from torchvision import models
 
-from bnfreeze_fastai.callback import active_callback, fingerprint
+from bnfreeze_fastai.callback import active_callback
 from bnfreeze_fastai.core import bn_layers
 from bnfreeze_fastai.demo import TrainOnly
+from bnfreeze_fastai.fixed import fingerprint
 import bnfreeze_fastai.learner
 
 SIZE, BATCH, N_BATCHES, ROUNDS = 128, 16, 16, 3

@@ -1,6 +1,7 @@
 "Everything for a notebook: `from bnfreeze_fastai.all import *`"
 from .callback import *
 from .core import *
+from .fixed import *
 from .learner import *
 from .plots import *
 from .policy import *

@@ -6,60 +6,24 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['drop_grads', 'level_slow_weights', 'fingerprint', 'active_callback', 'BatchNormFreeze']
+__all__ = ['active_callback', 'BatchNormFreeze']
 
-# %% ../nbs/03_callback.ipynb #688a7290
+# %% ../nbs/03_callback.ipynb #473e4647
 import warnings, weakref
 from contextlib import ExitStack
 
-import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.callback.training import BnFreeze
 from fastai.learner import Callback, Learner
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from xxhash import xxh3_128_digest
 
 from .core import (MODES, affine_params, held_stats, is_frozen_norm, named_modules, norm_layers, set_affine,
                                   stats_buffers, warn_fixed_stats)
+from .fixed import all_ranks, drop_grads, fingerprint, level_slow_weights
 from .policy import Policy, check_policy, frozen_groups, layer_modes
 from .stats import snapshot
-
-# %% ../nbs/03_callback.ipynb #ae0385f0
-def drop_grads(
-    params:list[nn.Parameter], # Parameters that must not be stepped
-):
-    "Give `params` no gradient at all, so that every optimizer skips them"
-    for p in params: p.grad = None
-
-# %% ../nbs/03_callback.ipynb #bb4323bb
-def level_slow_weights(
-    opt, # A fastai optimizer; only `Lookahead` has slow weights
-    params:list[nn.Parameter], # Parameters that must not be stepped
-):
-    "Set the slow weights that `Lookahead` keeps of `params` to the parameters themselves"
-    fixed = set(params)
-    for slow_group,group in zip(getattr(opt, 'slow_weights', None) or [], opt.param_lists):
-        for slow,p in zip(slow_group, group):
-            if p in fixed: slow.data.copy_(p.data)
-
-# %% ../nbs/03_callback.ipynb #4b5ca014
-def fingerprint(
-    tensor:Tensor, # Of any shape, type and device
-) -> bytes: # 16 bytes
-    "A hash (XXH3) that differs when any bit of `tensor` does, but for odds of 1 in 2^128"
-    return xxh3_128_digest(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-# %% ../nbs/03_callback.ipynb #80971360
-def _gather(names:set[str], model:nn.Module) -> list[str]:
-    "The union of `names` over all ranks, sorted"
-    if isinstance(model, DistributedDataParallel):
-        per_rank = [None] * torch.distributed.get_world_size(model.process_group)
-        torch.distributed.all_gather_object(per_rank, names, group=model.process_group)
-        names = set().union(*per_rank)
-    return sorted(names)
 
 # %% ../nbs/03_callback.ipynb #5a8fb06b
 def active_callback(
@@ -239,13 +203,13 @@ def _release(self:BatchNormFreeze):
     for l in self._held_layers: l.training = self.model.training
     self._held_layers,self._fixed = [],None
 
-# %% ../nbs/03_callback.ipynb #642a2029
+# %% ../nbs/03_callback.ipynb #f56c5364
 @patch
 def after_train(self:BatchNormFreeze):
     "See that nothing fixed has moved"
     if self._fixed is None: return
     fixed,self._fixed = self._fixed,None
-    changed = _gather({n for n,t in fixed.items() if fingerprint(t) != self._prints[n]}, self.model)
+    changed = all_ranks({n for n,t in fixed.items() if fingerprint(t) != self._prints[n]}, self.model)
     if changed: raise RuntimeError(f"These values are fixed by the policy and changed in a fit: {changed}. Something writes them directly: "
                                    "look at the other callbacks and at the optimizer, or pass `verify=False` to let it.")
 

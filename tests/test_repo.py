@@ -14,6 +14,7 @@ FLOORS = [
     'core',
     'policy',
     'stats',
+    'fixed',
     'callback',
     'precompute',
     'plots',
