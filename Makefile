@@ -34,4 +34,4 @@ readme: .venv/installed
 	$(README) --output-dir $(OUT) nbs/index.ipynb
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -11,7 +11,6 @@ cfg = config['DEFAULT']
 lib = cfg['lib_path']
 
 setup(
-    name=cfg['lib_name'],
     version=re.search(r'__version__ = "(.+?)"', (here/lib/'__init__.py').read_text(encoding='utf-8'))[1],
     description=cfg['description'], keywords=cfg['keywords'].split(), author=cfg['author'], license=cfg['license'],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['active_callback', 'BatchNormFreeze']
+__all__ = ['active_callback', 'BatchNormFreeze', 'is_compiled']
 
-# %% ../nbs/03_callback.ipynb #473e4647
-import warnings, weakref
+# %% ../nbs/03_callback.ipynb #f7e03b1f
+import warnings
 from contextlib import ExitStack
 
+import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.callback.training import BnFreeze
 from fastai.learner import Callback, Learner
@@ -19,9 +20,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .core import (MODES, affine_params, held_stats, is_frozen_norm, named_modules, norm_layers, set_affine,
+from .core import (MODES, affine_params, bn_layers, bn_mode, held_stats, is_frozen_norm, norm_layers, set_affine,
                                   stats_buffers, warn_fixed_stats)
-from .fixed import all_ranks, drop_grads, fingerprint, level_slow_weights
+from .fixed import all_ranks, drop_grads, fingerprint, level_slow_weights, named_tensors
 from .policy import Policy, check_policy, frozen_groups, layer_modes
 from .stats import snapshot
 
@@ -32,12 +33,12 @@ def active_callback(
     "The `BatchNormFreeze` whose policy is in force"
     return next((cb for cb in reversed(learn.cbs) if isinstance(cb, BatchNormFreeze)), None)
 
-# %% ../nbs/03_callback.ipynb #9ed2e330
+# %% ../nbs/03_callback.ipynb #20a61680
 class BatchNormFreeze(Callback):
     "Keep the batch norm modes of a policy in every fit of a Learner, relative to its freeze point"
     order = TrainEvalCallback.order+1 # just after the switch to train mode, before anything that wraps the model or swaps its weights
     run_valid = False
-    _learn,_stateattrs = None,('_held', '_held_layers', '_fixed', '_prints', '_seen', '_active', '_pending')
+    _learn,_stateattrs = None,('_held', '_frozen_at', '_fixed', '_prints', '_opt', '_idx', '_pending', '_traced')
 
     def __init__(self,
         bn:str|dict='frozen', # Mode of norm layers in frozen groups, or a dict of globs over layer names to modes
@@ -45,102 +46,162 @@ class BatchNormFreeze(Callback):
         verify:bool=True, # Check after each training epoch that what is fixed has not changed, and raise `RuntimeError` if it has?
     ):
         self._init_state()
-        self._params,self._fixed_params,self._n,self._warned = [],[],0,set()
-        self.policy,self.since,self.verify = check_policy(Policy(bn, bn_above)),{},verify
+        self._n,self._groups,self._fixed_params,self._found,self._warned = 0,[],[],{},set()
+        self.bn_policy,self.bn_start,self.verify = check_policy(Policy(bn, bn_above)),{},verify
 
     def _init_state(self):
-        self._held,self._held_layers,self._fixed,self._prints = ExitStack(),[],None,{}
-        self._seen,self._active,self._pending = None,False,False
+        self._held,self._frozen_at,self._fixed,self._prints,self._pending = ExitStack(),None,None,{},False
+        self._opt,self._idx,self._traced = None,0,frozenset()
 
     @property
     def learn(self): return self._learn
     @learn.setter
     def learn(self, learn):
-        if learn is not None: check_policy(self.policy, learn.model)
+        if learn is not None: check_policy(self.bn_policy, learn.model)
         if self._learn is not None: self._detach()
         self._learn = learn
         if learn is not None: self._attach()
 
-# %% ../nbs/03_callback.ipynb #8e8558e2
-@patch
-def _attach(self:BatchNormFreeze):
-    self.since = snapshot(self.model)
-    in_optimizer = [] if self.opt is None else [p for group in self.opt.param_lists for p in group]
-    self._params = list(dict.fromkeys([*in_optimizer, *(p for p in self.model.parameters() if p.requires_grad)]))
-    self._splitter,self.learn.splitter = self.learn.splitter,self.split
+# %% ../nbs/03_callback.ipynb #c70966fd
+def _as_groups(split) -> list[list]:
+    "What a splitter returns, as a list of lists of parameters"
+    groups = list(split)
+    if not groups or isinstance(groups[0], Tensor): return [groups]
+    return [list(g['params'] if isinstance(g, dict) else g) for g in groups]
 
-# %% ../nbs/03_callback.ipynb #255464c3
+# %% ../nbs/03_callback.ipynb #5a905c8f
 @patch
 def split(self:BatchNormFreeze,
     model:nn.Module,
 ) -> list: # Whatever the Learner's own splitter returns
-    "The Learner's own splitter, shown as trainable what was so before anything was frozen"
-    fixed = [p for p in self._params if not p.requires_grad]
+    "The Learner's own splitter, shown as trainable what the freeze point or the policy froze"
+    by_freeze_point = [p for group,frozen in zip(self._groups, frozen_groups(model, self._groups, 0)) if frozen for p in group]
+    fixed = [p for p in dict.fromkeys([*self._fixed_params, *by_freeze_point]) if not p.requires_grad]
     try:
-        for p in fixed: p.requires_grad_(True)
-        self._params = [p for p in model.parameters() if p.requires_grad]
-        return self._splitter(model)
+        for p in fixed: p.requires_grad = True
+        res = self._splitter(model)
     finally:
-        for p in fixed: p.requires_grad_(False)
+        for p in fixed: p.requires_grad = False
+    self._groups = _as_groups(res)
+    return res
 
-# %% ../nbs/03_callback.ipynb #30430a1d
+# %% ../nbs/03_callback.ipynb #ac83f52b
+def _hand_over(old:BatchNormFreeze, new:BatchNormFreeze):
+    for k in ('_opt', '_idx', '_n', '_groups', '_found'): setattr(new, k, getattr(old, k))
+    new._fixed_params = []
+
+# %% ../nbs/03_callback.ipynb #613fa0fe
+@patch
+def _attach(self:BatchNormFreeze):
+    learn,previous = self.learn,active_callback(self.learn)
+    self._init_state()
+    self.bn_start,self._warned = snapshot(learn.model),set()
+    if previous is not None:
+        _hand_over(previous, self)
+        self._splitter = previous._splitter
+    else:
+        self._opt,self._splitter,self._fixed_params = learn.opt,learn.splitter,[]
+        self._idx = self._n = 0 if learn.opt is None else learn.opt.frozen_idx
+        self._groups = [] if learn.opt is None else [list(group) for group in learn.opt.param_lists]
+        self._found = {p: p.requires_grad for l in norm_layers(learn.model).values() for p in affine_params(l)}
+    learn.splitter = self.split
+
+# %% ../nbs/03_callback.ipynb #4c2d6384
 @patch
 def _detach(self:BatchNormFreeze):
+    learn = self.learn
     self._release()
-    if self.learn.splitter == self.split: self.learn.splitter = self._splitter
-    if self.opt is None: return
-    remaining = [cb for cb in self.learn.cbs if isinstance(cb, BatchNormFreeze) and cb is not self]
-    if remaining: remaining[-1].apply()
+    if self._traced: torch.compiler.reset()
+    remaining = next((cb for cb in reversed(learn.cbs) if isinstance(cb, BatchNormFreeze) and cb is not self), None)
+    was_made = learn.opt is None and bool(self._fixed_params)
+    if was_made: learn.create_opt()
+    if remaining is not None: _hand_over(self, remaining)
+    if learn.splitter == self.split: learn.splitter = self._splitter if remaining is None else remaining.split
+    if learn.opt is None: return
+    if remaining is not None: remaining.apply()
     else: self._restore_fastai()
+    if was_made: learn.opt = None
 
 @patch
 def _restore_fastai(self:BatchNormFreeze):
     norm_params = {p for l in norm_layers(self.model).values() for p in affine_params(l)}
-    for group,frozen in zip(self.opt.param_lists, self.frozen()):
-        for p in group:
-            if p in norm_params: p.requires_grad_(not frozen or self.opt.state.get(p, {}).get('force_train', False))
+    groups = zip(self.opt.param_lists, self.frozen())
+    as_frozen = {p: not frozen or self.opt.state.get(p, {}).get('force_train', False) for group,frozen in groups for p in group}
+    for p in norm_params & as_frozen.keys(): p.requires_grad = self._found.get(p, as_frozen[p])
+    for l in bn_layers(self.model): bn_mode(l) # drops what a pickle made in a fit has left of the hold
 
-# %% ../nbs/03_callback.ipynb #5cdc519d
+# %% ../nbs/03_callback.ipynb #e6c8e73b
 @patch
 def frozen(self:BatchNormFreeze) -> list[bool]: # For each parameter group of the Learner, whether it is frozen
     "Which groups are frozen now: by the last freeze point that somebody set, and by what the tensors say"
-    opt,last = self.opt,0
-    if self._seen is not None and self._seen[0]() is opt: last = self._seen[1]
-    if opt.frozen_idx != last or any(p.requires_grad for p in self._fixed_params): self._n = opt.frozen_idx
-    self._seen = weakref.ref(opt),opt.frozen_idx
+    opt,news = self.opt,any(p.requires_grad for p in self._fixed_params)
+    if opt is not self._opt:
+        if self._opt is not None and self._opt.frozen_idx != self._idx: self._n,self._found,news = self._opt.frozen_idx,{},False
+        self._opt,self._idx = opt,0
+    if opt.frozen_idx != self._idx or news: self._n,self._found = opt.frozen_idx,{}
+    self._idx = opt.frozen_idx
     return frozen_groups(self.model, opt.param_lists, self._n)
 
-# %% ../nbs/03_callback.ipynb #37f1422d
+# %% ../nbs/03_callback.ipynb #d741be21
 @patch
 def modes(self:BatchNormFreeze) -> dict[str, str]: # Name of each norm layer to its mode
     "The mode that the policy gives every norm layer of the Learner's model at the freeze point in force"
-    return layer_modes(self.model, self.opt.param_lists, self.frozen(), self.policy)
+    return layer_modes(self.model, self.opt.param_lists, self.frozen(), self.bn_policy)
 
-# %% ../nbs/03_callback.ipynb #908a8a95
+# %% ../nbs/03_callback.ipynb #0ce74903
 @patch
-def apply(self:BatchNormFreeze) -> dict[str, str]: # Name of each norm layer to its mode
+def apply(self:BatchNormFreeze,
+    leave:set[nn.Parameter]=frozenset(), # Norm layers' parameters that stay as they are
+) -> dict[str, str]: # Name of each norm layer to its mode
     "Put the policy onto the tensors now, as every fit does: `requires_grad` of norm layers, and no gradient left on what is fixed"
-    modes,layers,groups = self.modes(),norm_layers(self.model),self.opt.param_lists
-    in_optimizer = {p for group in groups for p in group}
-    set_affine({layers[n]: mode for n,mode in modes.items() if all(p in in_optimizer for p in affine_params(layers[n]))})
+    groups,frozen,layers = self.opt.param_lists,self.frozen(),norm_layers(self.model)
+    modes = layer_modes(self.model, groups, frozen, self.bn_policy)
+    set_affine({layers[n]: mode for n,mode in modes.items()}, among={p for group in groups for p in group} - leave)
     norm_params = {p for l in layers.values() for p in affine_params(l)}
-    fixed = [p for group,frozen in zip(groups, self.frozen()) for p in group if not p.requires_grad and (frozen or p in norm_params)]
-    in_epoch = [] if self._fixed is None else self._fixed_params # a thaw in the midst of an epoch counts from the next
+    fixed = [p for group,is_frozen in zip(groups, frozen) for p in group if not p.requires_grad and (is_frozen or p in norm_params)]
+    in_epoch = [] if self._fixed is None else self._fixed_params # a thaw during an epoch counts from the next
     self._fixed_params = list(dict.fromkeys([*in_epoch, *fixed]))
     drop_grads(self._fixed_params)
     level_slow_weights(self.opt, self._fixed_params)
     self._warned.update(warn_fixed_stats({n: mode for n,mode in modes.items() if n not in self._warned}, layers))
     return modes
 
-# %% ../nbs/03_callback.ipynb #afba70fa
+# %% ../nbs/03_callback.ipynb #6e6a47e8
 @patch
 def set_policy(self:BatchNormFreeze,
-    policy:Policy, # Already checked against the model
+    policy:Policy,
 ):
     "Follow `policy` from now on, and count movement from here"
-    self.policy,self.since,self._seen,self._n = policy,snapshot(self.model),None,0
+    self.bn_policy,self.bn_start = check_policy(policy, self.model),snapshot(self.model)
+    self._opt,self._n,self._found,self._frozen_at = None,0,{},None
 
-# %% ../nbs/03_callback.ipynb #e742e8d0
+# %% ../nbs/03_callback.ipynb #97b3fb0e
+def is_compiled(
+    model:nn.Module,
+) -> bool:
+    "Whether `torch.compile` was applied to `model` or a part of it"
+    return any('_orig_mod' in dict(m.named_children()) or m._compiled_call_impl is not None for m in model.modules())
+
+# %% ../nbs/03_callback.ipynb #1a7b66f4
+@patch
+def _hold(self:BatchNormFreeze, leave:set[nn.Parameter]=frozenset()) -> dict[str, str]:
+    "Put the policy onto the tensors and hold the statistics; returns the mode of each norm layer by name"
+    self._release()
+    modes,layers,self._frozen_at = self.apply(leave),norm_layers(self.model),self.frozen()
+    self._held.enter_context(held_stats({layers[n]: mode for n,mode in modes.items() if not is_frozen_norm(layers[n])}))
+    held = frozenset(n for n,mode in modes.items() if not MODES[mode].updates_stats)
+    if held != self._traced and is_compiled(self.model):
+        torch.compiler.reset()
+        self._traced = held
+    return modes
+
+@patch
+def _release(self:BatchNormFreeze):
+    "Give back the hold on the statistics, also one that an exception left behind"
+    self._held.close()
+    self._fixed = None
+
+# %% ../nbs/03_callback.ipynb #19a211a6
 @patch
 def before_fit(self:BatchNormFreeze):
     "Put the policy onto the tensors and hold the statistics, unless this is a validation"
@@ -156,73 +217,51 @@ def before_fit(self:BatchNormFreeze):
 @patch
 def before_train(self:BatchNormFreeze):
     "Look up layers and freeze point anew at the first batch, when every other callback has had its say"
-    self._active = self._pending = active_callback(self.learn) is self
+    self._pending = active_callback(self.learn) is self
 
 @patch
 def before_batch(self:BatchNormFreeze):
     "Follow what other callbacks did since the last epoch, and note what is fixed in this one"
     if self._pending: self._start_epoch()
-    for l in self._held_layers: l.training = False
 
 @patch
 def before_step(self:BatchNormFreeze):
     "Whatever was thawed during the epoch counts from the next one"
-    if self._active: drop_grads(self._fixed_params)
+    if self._fixed is not None: drop_grads(self._fixed_params)
 
-# %% ../nbs/03_callback.ipynb #04e7d577
-@patch
-def _hold(self:BatchNormFreeze) -> dict[str, str]: # Name of each norm layer to its mode
-    "Put the policy onto the tensors and hold the statistics"
-    self._release()
-    modes,layers = self.apply(),norm_layers(self.model)
-    held = {layers[n]: mode for n,mode in modes.items() if not is_frozen_norm(layers[n])}
-    self._held.enter_context(held_stats(held))
-    self._held_layers = [l for l,mode in held.items() if not MODES[mode].updates_stats]
-    return modes
-
+# %% ../nbs/03_callback.ipynb #ad848ca6
 @patch
 def _start_epoch(self:BatchNormFreeze):
-    modes,self._pending = self._hold(),False
-    self._fixed = self._fixed_tensors(modes) if self.verify else {}
-    self._prints = {n: self._prints.get(n) or fingerprint(t) for n,t in self._fixed.items()}
+    self._pending = False
+    off = {p for l in norm_layers(self.model).values() for p in affine_params(l) if not p.requires_grad}
+    modes = self._hold(off if self.frozen() == self._frozen_at else frozenset())
+    tensors = named_tensors(self.model)
+    self._fixed = self._fixed_names(modes, tensors) if self.verify else []
+    self._prints = {n: self._prints.get(n) or fingerprint(tensors[n]) for n in self._fixed}
 
 @patch
-def _fixed_tensors(self:BatchNormFreeze, modes:dict[str, str]) -> dict[str, Tensor]:
-    "Everything that the modes and the freeze point fix, by dotted name"
-    fixed_params,res = set(self._fixed_params),{}
-    for name,m in named_modules(self.model).items():
-        tensors = {k: p for k,p in m.named_parameters(recurse=False) if p in fixed_params}
-        if name in modes and not MODES[modes[name]].updates_stats: tensors.update(stats_buffers(m))
-        res.update({f'{name}.{k}' if name else k: t for k,t in tensors.items() if not is_lazy(t)})
-    return res
+def _fixed_names(self:BatchNormFreeze, modes:dict[str, str], tensors:dict[str, Tensor]) -> list[str]:
+    "Which of `tensors` the modes and the freeze point fix"
+    layers = norm_layers(self.model)
+    stats = [b for n,mode in modes.items() if not MODES[mode].updates_stats for b in stats_buffers(layers[n]).values()]
+    fixed = {*self._fixed_params, *stats}
+    return [n for n,t in tensors.items() if t in fixed and not is_lazy(t)]
 
-@patch
-def _release(self:BatchNormFreeze):
-    "Give back the hold on the statistics, also one that an exception left behind"
-    self._held.close()
-    for l in self._held_layers: l.training = self.model.training
-    self._held_layers,self._fixed = [],None
-
-# %% ../nbs/03_callback.ipynb #f56c5364
+# %% ../nbs/03_callback.ipynb #b70dad35
 @patch
 def after_train(self:BatchNormFreeze):
     "See that nothing fixed has moved"
-    if self._fixed is None: return
     fixed,self._fixed = self._fixed,None
-    changed = all_ranks({n for n,t in fixed.items() if fingerprint(t) != self._prints[n]}, self.model)
-    if changed: raise RuntimeError(f"These values are fixed by the policy and changed in a fit: {changed}. Something writes them directly: "
-                                   "look at the other callbacks and at the optimizer, or pass `verify=False` to let it.")
+    if not fixed: return
+    tensors = named_tensors(self.model)
+    changed = all_ranks({n for n in fixed if n not in tensors or fingerprint(tensors[n]) != self._prints[n]}, self.model)
+    if not changed: return
+    raise RuntimeError(f"These tensors are fixed by the policy or the freeze point, but changed in the fit: {changed}. "
+                       "Something writes them: look at the other callbacks and at the optimizer, or pass `verify=False` to let it.")
 
-@patch
-def after_cancel_epoch(self:BatchNormFreeze):
-    "As after the training part of an epoch"
-    self.after_train()
+BatchNormFreeze.after_cancel_epoch = BatchNormFreeze.after_cancel_fit = BatchNormFreeze.after_train
 
-@patch
-def after_cancel_fit(self:BatchNormFreeze):
-    "As after the training part of an epoch"
-    self.after_train()
-
+# %% ../nbs/03_callback.ipynb #1d33b249
 @patch
 def after_fit(self:BatchNormFreeze):
     "Give back the hold, unless a validation inside the fit has ended"

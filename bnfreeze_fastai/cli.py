@@ -8,17 +8,13 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['COMMANDS', 'BadOption', 'demo', 'main']
 
-# %% ../nbs/08_cli.ipynb #8099ef86
+# %% ../nbs/08_cli.ipynb #85e08c9d
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from fastcore.script import anno_parser
 
-from .demo import differences, run_demo, summarise
-from .plots import plot_scores
-
-# %% ../nbs/08_cli.ipynb #e94cfc70
+# %% ../nbs/08_cli.ipynb #17d1b6e4
 class BadOption(ValueError):
     "An option with a value that is not allowed"
 
@@ -28,12 +24,14 @@ def _check_range(name:str, value:int, least:int, most:int=None):
 
 def _check_plot_path(out:str) -> Path:
     "`out` as a path that matplotlib can save a figure to"
-    path,allowed = Path(out),[f'.{kind}' for kind in sorted(plt.Figure().canvas.get_supported_filetypes())]
+    from matplotlib.backend_bases import FigureCanvasBase
+    path,allowed = Path(out),[f'.{kind}' for kind in sorted(FigureCanvasBase.get_supported_filetypes())]
     if path.suffix.lower() not in allowed: raise BadOption(f"--out {out}: end the name with one of {', '.join(allowed)}")
+    if path.is_dir(): raise BadOption(f"--out {out}: this is a folder; give the name of a file")
     if not path.parent.is_dir(): raise BadOption(f"--out {out}: there is no folder {path.parent}; make it first or choose another")
     return path
 
-# %% ../nbs/08_cli.ipynb #b66af78d
+# %% ../nbs/08_cli.ipynb #ee4df126
 def demo(
     seeds:int=5, # Runs of each policy, 1 or more; from 2 on differences get an interval
     images:int=100, # Training images of the new task, 16 (one batch) to 800 (the others are for validation)
@@ -45,6 +43,8 @@ def demo(
     _check_range('epochs', epochs, 1)
     _check_range('images', images, 16, 800)
     path = _check_plot_path(out)
+    from bnfreeze_fastai.demo import differences, run_demo, summarise # fastai takes seconds to import: --help need not wait for it
+    from bnfreeze_fastai.plots import plot_scores
     runs,source_accuracy = run_demo(seeds, images, epochs)
     print(f"\nPretrained on grey digits 0 to 4 (accuracy {source_accuracy:.3f}). New task: coloured digits 5 to 9,")
     print(f"{images} training images, body frozen, new head, {epochs} epochs; mean over {seeds} seeds.\n")

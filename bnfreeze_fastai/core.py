@@ -62,12 +62,12 @@ def keeps_stats(
     "Whether `layer` has running statistics that a training batch would update"
     return isinstance(layer, BN_TYPES) and layer.running_mean is not None
 
-# %% ../nbs/00_core.ipynb #5d11af34
+# %% ../nbs/00_core.ipynb #16c4f585
 def affine_params(
     layer:nn.Module, # A norm layer
 ) -> list[nn.Parameter]: # Its weight and bias; empty if it has none
-    "The affine parameters of `layer`"
-    return list(layer.parameters(recurse=False))
+    "The affine parameters of `layer`, behind a parametrization if it has one"
+    return [p for n,p in layer.named_parameters() if '.' not in n or n.startswith('parametrizations.')]
 
 # %% ../nbs/00_core.ipynb #d8d3be81
 def stats_buffers(
@@ -108,19 +108,19 @@ def bn_layers(
     "The layers of `model` that can keep running statistics: batch norm and instance norm"
     return [l for l in norm_layers(model).values() if isinstance(l, BN_TYPES)]
 
-# %% ../nbs/00_core.ipynb #c8d1ea61
+# %% ../nbs/00_core.ipynb #12eb0c51
 def check_glob(
     glob:str, # Pattern as in `fnmatch`, over whole dotted names
     names:Iterable[str], # Names of the norm layers
 ):
     "Raise `ValueError` if `glob` matches none of `names`"
     names = list(names)
-    if glob == '*' or any(fnmatchcase(n, glob) for n in names): return
+    if isinstance(glob, str) and (glob == '*' or any(fnmatchcase(n, glob) for n in names)): return
     known = ', '.join(map(repr, names[:6])) + (', …' if len(names) > 6 else '') if names else 'none'
     raise ValueError(f"The glob {glob!r} matches no norm layer of the model, which has: {known}. "
                      "Give a glob over these dotted names, such as '0.*', or '*' for all.")
 
-# %% ../nbs/00_core.ipynb #34b150da
+# %% ../nbs/00_core.ipynb #754af30b
 class _Hold:
     "A mode set on a layer and the forward hooks that keep its statistics fixed; a copy or pickle holds nothing unless `lasting`"
     mode,lasting,handles,flag = None,False,(),None
@@ -137,37 +137,39 @@ class _Hold:
 
     def release(self, layer):
         for h in self.handles: h.remove()
-        if self.flag is not None: layer.training = self.flag # an interrupted forward pass has no way out
+        if self.flag is not None: layer.training = self.flag # after Ctrl-C torch calls no forward hook
         self.handles,self.flag = (),None
 
     def __getstate__(self): return self.__dict__ if self.lasting else {'handles': self.handles}
 
-# %% ../nbs/00_core.ipynb #649fe366
-def _hold_on(layer:nn.Module) -> _Hold|None:
-    "The hold on `layer`, if there is one and it holds"
-    hold = layer.__dict__.get('_bn_hold')
-    return None if hold is None or hold.mode is None else hold
+# %% ../nbs/00_core.ipynb #49a404ff
+def _holds_on(layer:nn.Module) -> list[_Hold]:
+    "The holds on `layer`, the one in force last; what a copy has left of others is removed"
+    holds = layer.__dict__.get('_bn_holds', [])
+    live = [h for h in holds if h.mode is not None]
+    if len(live) < len(holds): _put_holds(layer, live)
+    return live
 
-# %% ../nbs/00_core.ipynb #39970904
-def _put_hold(layer:nn.Module, hold:_Hold|None):
-    "Put `hold` on `layer` in place of the one it has"
-    if '_bn_hold' in layer.__dict__: layer.__dict__.pop('_bn_hold').release(layer)
-    if hold is None: return
-    layer._bn_hold = hold
-    hold.engage(layer)
+# %% ../nbs/00_core.ipynb #9db874c7
+def _put_holds(layer:nn.Module, holds:list[_Hold]):
+    "Put `holds` on `layer` in place of those it has, and the last one in force"
+    for h in layer.__dict__.pop('_bn_holds', []): h.release(layer)
+    if not holds: return
+    layer._bn_holds = holds
+    holds[-1].engage(layer)
 
-# %% ../nbs/00_core.ipynb #4806cbb2
+# %% ../nbs/00_core.ipynb #086b7ee8
 @contextmanager
 def held_stats(
     modes:Mapping[nn.Module, str], # Norm layer to mode
 ):
-    "Hold the statistics half of each layer's mode through any `.train()`; on every way out each layer has again what it had"
-    before = {l: _hold_on(l) for l in modes}
+    "Hold the statistics half of each layer's mode through any `.train()`; on every way out this hold is gone"
+    holds = {l: _Hold(mode) for l,mode in modes.items()}
     try:
-        for l,mode in modes.items(): _put_hold(l, _Hold(mode))
+        for l,hold in holds.items(): _put_holds(l, [*_holds_on(l), hold])
         yield
     finally:
-        for l,hold in before.items(): _put_hold(l, hold)
+        for l,hold in holds.items(): _put_holds(l, [h for h in _holds_on(l) if h is not hold])
 
 # %% ../nbs/00_core.ipynb #bec8b3b5
 def never_trained(
@@ -178,7 +180,7 @@ def never_trained(
     if is_lazy(layer.running_mean): return True
     return not layer.num_batches_tracked and not layer.running_mean.any() and bool((layer.running_var == 1).all())
 
-# %% ../nbs/00_core.ipynb #460a83d8
+# %% ../nbs/00_core.ipynb #29b263c5
 def warn_fixed_stats(
     modes:Mapping[str, str], # Name of each norm layer to its mode
     layers:Mapping[str, nn.Module], # Name to norm layer
@@ -190,34 +192,33 @@ def warn_fixed_stats(
     if lacking: warnings.warn(f"No running statistics to hold in {lacking}: with `track_running_stats=False` batch norm "
                               "normalises with the batch in every mode.", stacklevel=3)
     if fresh: warnings.warn(f"The running statistics of {fresh} were never trained (mean 0, variance 1): held, they normalise "
-                            "nothing. Train these layers first, or give them the mode 'train'.", stacklevel=3)
+                            "nothing. Train these layers first, or give them the mode 'train' or 'stats-only'.", stacklevel=3)
     return lacking + fresh
 
-# %% ../nbs/00_core.ipynb #7cbd8671
+# %% ../nbs/00_core.ipynb #f1d08dd4
 def set_affine(
     modes:Mapping[nn.Module, str], # Norm layer to mode
+    among:set[nn.Parameter]=None, # Leave all other parameters alone
 ):
     "Make the affine parameters of each layer require a gradient, or have none, as its mode says"
-    for trains in (True, False):
-        for layer,mode in modes.items():
-            if MODES[mode].trains_affine != trains: continue
-            for p in affine_params(layer):
-                p.requires_grad = trains # not `requires_grad_`, which lazy layers refuse
-                if not trains: p.grad = None
+    fixed = {p for l,mode in modes.items() if not MODES[mode].trains_affine for p in affine_params(l)}
+    for p in {p for l in modes for p in affine_params(l)}:
+        if among is not None and p not in among: continue
+        p.requires_grad = p not in fixed # not `requires_grad_`, which lazy layers refuse
+        if p in fixed: p.grad = None
 
-# %% ../nbs/00_core.ipynb #0ff60f25
+# %% ../nbs/00_core.ipynb #c04f9062
 def _as_layers(model_or_layers) -> dict[str, nn.Module]:
     "The norm layers of a model, or of each module in an iterable or in the values of a dict, but those frozen by construction"
-    given = model_or_layers.values() if isinstance(model_or_layers, Mapping) else model_or_layers
-    if isinstance(given, nn.Module): found = norm_layers(given)
-    else:
-        given = list(given)
-        for m in given:
-            if not isinstance(m, nn.Module): raise ValueError(f"Expected a model or norm layers, not {m!r} of type {type(m).__name__}.")
-        found = {f'[{i}]' + (f'.{n}' if n else ''): l for i,m in enumerate(given) for n,l in norm_layers(m).items()}
+    if isinstance(model_or_layers, nn.Module): given = {'': model_or_layers}
+    elif isinstance(model_or_layers, Mapping): given = dict(model_or_layers)
+    else: given = {f'[{i}]': m for i,m in enumerate(model_or_layers)}
+    for m in given.values():
+        if not isinstance(m, nn.Module): raise ValueError(f"Expected a model or norm layers, not {m!r} of type {type(m).__name__}.")
+    found = {'.'.join(filter(None, (name, n))): l for name,m in given.items() for n,l in norm_layers(m).items()}
     return {n: l for n,l in found.items() if not is_frozen_norm(l)}
 
-# %% ../nbs/00_core.ipynb #19f68e06
+# %% ../nbs/00_core.ipynb #a1c9d4cb
 def set_bn_mode(
     model_or_layers:nn.Module|Iterable[nn.Module], # A model (all its norm layers are set), or layers
     mode:str, # One of `MODES`; anything else raises `ValueError`
@@ -226,23 +227,24 @@ def set_bn_mode(
     check_mode(mode)
     layers = _as_layers(model_or_layers)
     warn_fixed_stats(dict.fromkeys(layers, mode), layers)
-    for l in layers.values(): _put_hold(l, None if mode == 'train' else _Hold(mode, lasting=True))
+    lasting = [] if mode == 'train' else [mode]
+    for l in layers.values(): _put_holds(l, [_Hold(m, lasting=True) for m in lasting] + [h for h in _holds_on(l) if not h.lasting])
     set_affine(dict.fromkeys(layers.values(), mode))
 
-# %% ../nbs/00_core.ipynb #338a5158
+# %% ../nbs/00_core.ipynb #b70d06a0
 def bn_mode(
     layer:nn.Module, # A norm layer; any other module raises `ValueError`
 ) -> str: # One of `MODES`
     "The mode set on `layer`, whatever `.train()` or `.eval()` was called since; an affine half that someone else (un)froze counts"
     if is_frozen_norm(layer): return 'frozen'
     if not isinstance(layer, NORM_TYPES): raise ValueError(f"{type(layer).__name__} is no norm layer, so it has no batch norm mode.")
-    hold,params = _hold_on(layer),affine_params(layer)
-    updates,trains = MODES['train' if hold is None else hold.mode]
+    holds,params = _holds_on(layer),affine_params(layer)
+    updates,trains = MODES[holds[-1].mode if holds else 'train']
     if params: trains = any(p.requires_grad for p in params)
-    if hold is None and not isinstance(layer, BN_TYPES): updates = trains # no statistics to speak of: named after the half it has
+    if not holds and not isinstance(layer, BN_TYPES): updates = trains # no statistics to speak of: named after the half it has
     return _NAMES[Mode(updates, trains)]
 
-# %% ../nbs/00_core.ipynb #368e511a
+# %% ../nbs/00_core.ipynb #3c6a6b46
 @contextmanager
 def hold_bn_mode(
     model:nn.Module, # Any model
@@ -255,11 +257,13 @@ def hold_bn_mode(
     check_glob(layers, found)
     chosen = {n: l for n,l in found.items() if fnmatchcase(n, layers) and not is_frozen_norm(l)}
     modes = dict.fromkeys(chosen.values(), mode)
-    required = {p: p.requires_grad for l in modes for p in affine_params(l)}
+    before = {p: (p.requires_grad, p.grad) for l in modes for p in affine_params(l)}
     warn_fixed_stats(dict.fromkeys(chosen, mode), chosen)
     try:
         with held_stats(modes):
             set_affine(modes)
             yield model
     finally:
-        for p,rg in required.items(): p.requires_grad = rg
+        for p,(requires_grad,grad) in before.items():
+            p.requires_grad = requires_grad
+            if not MODES[mode].trains_affine: p.grad = grad

@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['drop_grads', 'level_slow_weights', 'fingerprint', 'all_ranks']
+__all__ = ['drop_grads', 'level_slow_weights', 'fingerprint', 'named_tensors', 'all_ranks']
 
-# %% ../nbs/02a_fixed.ipynb #f12bede1
+# %% ../nbs/02a_fixed.ipynb #f6804515
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from xxhash import xxh3_128_digest
+
+from .core import named_modules
 
 # %% ../nbs/02a_fixed.ipynb #c91ad930
 def drop_grads(
@@ -40,6 +42,14 @@ def fingerprint(
 ) -> bytes: # 16 bytes
     "A hash (XXH3) that differs when any bit of `tensor` does, but for odds of about 1 in 2^128"
     return xxh3_128_digest(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+# %% ../nbs/02a_fixed.ipynb #fde2de84
+def named_tensors(
+    model:nn.Module,
+) -> dict[str, Tensor]: # Dotted name, without wrappers' prefixes, to tensor
+    "Every parameter and buffer of `model`"
+    own = lambda m: [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]
+    return {f'{name}.{k}' if name else k: t for name,m in named_modules(model).items() for k,t in own(m)}
 
 # %% ../nbs/02a_fixed.ipynb #d38ec1b0
 def all_ranks(

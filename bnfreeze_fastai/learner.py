@@ -37,7 +37,7 @@ def _check_freeze_point(learn:Learner, n:int) -> int:
                                   "`Learner(…, splitter=lambda m: [params(m[0]), params(m[1])])`")
     raise ValueError(f"This Learner has {n_groups} parameter group{'s' * (n_groups > 1)}; {problem}.")
 
-# %% ../nbs/06_learner.ipynb #9018c84a
+# %% ../nbs/06_learner.ipynb #5e13e1de
 @patch
 def freeze_to_bn(self:Learner,
     n:int, # Freeze point: parameter groups before `n` are frozen; negative counts from the end; out of range raises `ValueError`
@@ -46,7 +46,7 @@ def freeze_to_bn(self:Learner,
 ) -> Learner: # `self`
     "Freeze parameter groups up to `n`, and hold batch norm below and above in the modes given, in every fit from now on"
     cb = active_callback(self)
-    current = Policy() if cb is None else cb.policy
+    current = Policy() if cb is None else cb.bn_policy
     policy = check_policy(Policy(current.bn if bn is None else bn, current.bn_above if bn_above is None else bn_above), self.model)
     if any(is_lazy(p) for p in self.model.parameters()):
         raise ValueError("The model has lazy layers without shapes yet, which fastai cannot freeze: run a batch through it first, "
@@ -85,10 +85,17 @@ def _batches_tracked(layer) -> int|None:
     tracked = stats_buffers(layer).get('num_batches_tracked')
     return None if tracked is None else int(tracked)
 
-# %% ../nbs/06_learner.ipynb #d453bb6f
+# %% ../nbs/06_learner.ipynb #0b479b1b
+def _title(learn:Learner, cb:BatchNormFreeze|None) -> str:
+    groups = learn.opt.param_lists
+    if cb is None: policy,frozen = 'no BatchNormFreeze: modes as the tensors show them',frozen_groups(learn.model, groups, learn.opt.frozen_idx)
+    else: policy,frozen = ', '.join(f'{side}={mode!r}' for side,mode in cb.bn_policy._asdict().items()),cb.frozen()
+    return f'{policy}; {sum(frozen)} of {len(groups)} parameter groups frozen'
+
+# %% ../nbs/06_learner.ipynb #e97d7c70
 @patch
 def bn_summary(self:Learner) -> BatchNormSummary: # Columns of `.df`: see the table below
-    "Every norm layer with its parameter group, mode and tensors, and how far it has moved since the policy was set"
+    "Every norm layer with its parameter group, mode and tensors, and how far it has moved; makes the optimizer if there is none"
     if self.opt is None: self.create_opt()
     cb,layers,groups = active_callback(self),norm_layers(self.model),layer_groups(self.model, self.opt.param_lists)
     modes = {n: bn_mode(l) for n,l in layers.items()} if cb is None else cb.modes()
@@ -97,7 +104,4 @@ def bn_summary(self:Learner) -> BatchNormSummary: # Columns of `.df`: see the ta
                  momentum=getattr(l, 'momentum', None), batches_tracked=_batches_tracked(l)) for n,l in layers.items()]
     columns = ['layer', 'type', 'group', 'mode', 'affine_trainable', 'momentum', 'batches_tracked']
     df = pd.DataFrame(rows, columns=columns).astype({'momentum': 'float', 'batches_tracked': 'Int64'})
-    df = df.merge(moved(self.model, {} if cb is None else cb.since), on='layer')
-    frozen = sum(cb.frozen() if cb else frozen_groups(self.model, self.opt.param_lists, self.opt.frozen_idx))
-    rule = f'bn={cb.policy.bn!r}, bn_above={cb.policy.bn_above!r}' if cb else 'no BatchNormFreeze: modes as the tensors show them'
-    return BatchNormSummary(df, f'{rule}; {frozen} of {len(self.opt.param_lists)} parameter groups frozen')
+    return BatchNormSummary(df.merge(moved(self.model, {} if cb is None else cb.bn_start), on='layer'), _title(self, cb))

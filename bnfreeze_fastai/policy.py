@@ -33,19 +33,20 @@ class Policy(NamedTuple):
         if isinstance(rule, str): return rule
         return next((mode for glob,mode in rule.items() if fnmatchcase(name, glob)), self._field_defaults[side])
 
-# %% ../nbs/01_policy.ipynb #6e59b333
+# %% ../nbs/01_policy.ipynb #f207f10f
 def check_policy(
     policy:Policy,
     model:nn.Module=None, # If given, each glob has to match at least one of its norm layers
-) -> Policy: # `policy`
+) -> Policy: # A copy of `policy`
     "Raise `ValueError` for an unknown mode, or a glob that matches no norm layer of `model`"
+    names = None if model is None else list(norm_layers(model))
     for side,rule in policy._asdict().items():
         if not isinstance(rule, (str, Mapping)):
             raise ValueError(f"`{side}` takes a mode or a dict of globs to modes, not {rule!r}.")
         for mode in [rule] if isinstance(rule, str) else rule.values(): check_mode(mode)
-        if model is not None and isinstance(rule, Mapping):
-            for glob in rule: check_glob(glob, norm_layers(model))
-    return policy
+        if names is not None and isinstance(rule, Mapping):
+            for glob in rule: check_glob(glob, names)
+    return Policy(*(rule if isinstance(rule, str) else dict(rule) for rule in policy))
 
 # %% ../nbs/01_policy.ipynb #9a33432d
 def layer_groups(

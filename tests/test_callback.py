@@ -346,7 +346,8 @@ def test_attributes_of_the_model_are_not_shadowed():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.bn, self.bn_above, self.head = nn.BatchNorm2d(3), nn.Identity(), nn.Linear(3, 2)
+            self.bn, self.head = nn.BatchNorm2d(3), nn.Linear(3, 2)
+            self.bn_above, self.policy, self.since, self.verify = (nn.Identity() for _ in range(4))
 
         def forward(self, x):
             return self.head(self.bn(x).mean((2, 3)))

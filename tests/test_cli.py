@@ -41,11 +41,13 @@ def test_demo():
         (['--images', '5000'], 'to 800'),
         (['--out', 'plot.xyz'], '.png'),
         (['--out', 'nowhere/plot.png'], 'no folder nowhere'),
+        (['--out', 'folder.png'], 'is a folder'),
         (['--seeds', 'many'], 'invalid int value'),
         (['--mode', 'frozen'], '--seeds'),
     ],
 )
 def test_bad_options_say_what_is_allowed(args, words, capsys):
+    Path('folder.png').mkdir()
     with pytest.raises(SystemExit) as e:
         main(['demo', *args])
     assert e.value.code == 2 and words in capsys.readouterr().err

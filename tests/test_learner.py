@@ -46,10 +46,10 @@ def test_bad_input_changes_nothing(kwargs, had_opt):
         learn.freeze_to_bn(**kwargs)
     assert state(learn) == before
     learn.freeze_to_bn(-1, bn='stats-only')
-    before, policy = state(learn), active_callback(learn).policy
+    before, policy = state(learn), active_callback(learn).bn_policy
     with pytest.raises(ValueError):
         learn.freeze_to_bn(**kwargs)
-    assert state(learn) == before and active_callback(learn).policy == policy
+    assert state(learn) == before and active_callback(learn).bn_policy == policy
 
 
 def test_bad_policies_are_refused_with_the_callback():
@@ -75,7 +75,7 @@ def test_one_group_has_nothing_to_freeze(n):
 
 def test_none_keeps_what_is_set():
     learn = make_learner().freeze_to_bn(-1)
-    policy = lambda: tuple(active_callback(learn).policy)
+    policy = lambda: tuple(active_callback(learn).bn_policy)
     assert policy() == ('frozen', 'train')
     learn.freeze_to_bn(-1, bn='stats-only')
     learn.freeze_to_bn(0, bn_above='affine-only')
