@@ -75,6 +75,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'bnfreeze_fastai.core.bn_mode': ('core.html#bn_mode', 'bnfreeze_fastai/core.py'),
                                       'bnfreeze_fastai.core.check_glob': ('core.html#check_glob', 'bnfreeze_fastai/core.py'),
                                       'bnfreeze_fastai.core.check_mode': ('core.html#check_mode', 'bnfreeze_fastai/core.py'),
+                                      'bnfreeze_fastai.core.forget_copied_holds': ( 'core.html#forget_copied_holds',
+                                                                                    'bnfreeze_fastai/core.py'),
                                       'bnfreeze_fastai.core.held_stats': ('core.html#held_stats', 'bnfreeze_fastai/core.py'),
                                       'bnfreeze_fastai.core.hold_bn_mode': ('core.html#hold_bn_mode', 'bnfreeze_fastai/core.py'),
                                       'bnfreeze_fastai.core.is_frozen_norm': ('core.html#is_frozen_norm', 'bnfreeze_fastai/core.py'),

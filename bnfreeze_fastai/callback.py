@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['active_callback', 'BatchNormFreeze', 'is_compiled']
 
-# %% ../nbs/03_callback.ipynb #f7e03b1f
+# %% ../nbs/03_callback.ipynb #db4aa98b
 import warnings
 from contextlib import ExitStack
 
@@ -17,10 +17,11 @@ from fastai.callback.core import TrainEvalCallback
 from fastai.callback.training import BnFreeze
 from fastai.learner import Callback, Learner
 from fastcore.basics import patch
+from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .core import (MODES, affine_params, bn_layers, bn_mode, held_stats, is_frozen_norm, norm_layers, set_affine,
+from .core import (MODES, affine_params, forget_copied_holds, held_stats, is_frozen_norm, norm_layers, set_affine,
                                   stats_buffers, warn_fixed_stats)
 from .fixed import all_ranks, drop_grads, fingerprint, level_slow_weights, named_tensors
 from .policy import Policy, check_policy, frozen_groups, layer_modes
@@ -62,31 +63,32 @@ class BatchNormFreeze(Callback):
         self._learn = learn
         if learn is not None: self._attach()
 
-# %% ../nbs/03_callback.ipynb #c70966fd
-def _as_groups(split) -> list[list]:
-    "What a splitter returns, as a list of lists of parameters"
-    groups = list(split)
-    if not groups or isinstance(groups[0], Tensor): return [groups]
-    return [list(g['params'] if isinstance(g, dict) else g) for g in groups]
+# %% ../nbs/03_callback.ipynb #75a06d66
+def _as_groups(split:list) -> list[list[nn.Parameter]]:
+    "What a splitter returns, as a list of lists"
+    if not split or isinstance(split[0], Tensor): return [list(split)]
+    return [list(g['params'] if isinstance(g, dict) else g) for g in split]
 
-# %% ../nbs/03_callback.ipynb #5a905c8f
+# %% ../nbs/03_callback.ipynb #9d7d4fd1
 @patch
 def split(self:BatchNormFreeze,
     model:nn.Module,
-) -> list: # Whatever the Learner's own splitter returns
+) -> list: # What the Learner's own splitter returns
     "The Learner's own splitter, shown as trainable what the freeze point or the policy froze"
     by_freeze_point = [p for group,frozen in zip(self._groups, frozen_groups(model, self._groups, 0)) if frozen for p in group]
     fixed = [p for p in dict.fromkeys([*self._fixed_params, *by_freeze_point]) if not p.requires_grad]
     try:
         for p in fixed: p.requires_grad = True
         res = self._splitter(model)
+        if not isinstance(res, (list, tuple, L)): res = list(res)
     finally:
         for p in fixed: p.requires_grad = False
     self._groups = _as_groups(res)
     return res
 
-# %% ../nbs/03_callback.ipynb #ac83f52b
+# %% ../nbs/03_callback.ipynb #3c85ee56
 def _hand_over(old:BatchNormFreeze, new:BatchNormFreeze):
+    "Let `new` know what `old` knows of their Learner"
     for k in ('_opt', '_idx', '_n', '_groups', '_found'): setattr(new, k, getattr(old, k))
     new._fixed_params = []
 
@@ -106,21 +108,21 @@ def _attach(self:BatchNormFreeze):
         self._found = {p: p.requires_grad for l in norm_layers(learn.model).values() for p in affine_params(l)}
     learn.splitter = self.split
 
-# %% ../nbs/03_callback.ipynb #4c2d6384
+# %% ../nbs/03_callback.ipynb #3a47ed07
 @patch
 def _detach(self:BatchNormFreeze):
     learn = self.learn
     self._release()
+    forget_copied_holds(learn.model)
     if self._traced: torch.compiler.reset()
+    if active_callback(learn) is not self: return
     remaining = next((cb for cb in reversed(learn.cbs) if isinstance(cb, BatchNormFreeze) and cb is not self), None)
-    was_made = learn.opt is None and bool(self._fixed_params)
-    if was_made: learn.create_opt()
+    needs_opt = learn.opt is None and bool(self._fixed_params) # as after `load_learner`
+    if needs_opt: learn.create_opt()
     if remaining is not None: _hand_over(self, remaining)
     if learn.splitter == self.split: learn.splitter = self._splitter if remaining is None else remaining.split
-    if learn.opt is None: return
-    if remaining is not None: remaining.apply()
-    else: self._restore_fastai()
-    if was_made: learn.opt = None
+    if learn.opt is not None: self._restore_fastai() if remaining is None else remaining.apply()
+    if needs_opt: learn.opt = None
 
 @patch
 def _restore_fastai(self:BatchNormFreeze):
@@ -128,7 +130,6 @@ def _restore_fastai(self:BatchNormFreeze):
     groups = zip(self.opt.param_lists, self.frozen())
     as_frozen = {p: not frozen or self.opt.state.get(p, {}).get('force_train', False) for group,frozen in groups for p in group}
     for p in norm_params & as_frozen.keys(): p.requires_grad = self._found.get(p, as_frozen[p])
-    for l in bn_layers(self.model): bn_mode(l) # drops what a pickle made in a fit has left of the hold
 
 # %% ../nbs/03_callback.ipynb #e6c8e73b
 @patch

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['MODES', 'BN_TYPES', 'NORM_TYPES', 'Mode', 'check_mode', 'is_frozen_norm', 'keeps_stats', 'affine_params',
-           'stats_buffers', 'named_modules', 'norm_layers', 'bn_layers', 'check_glob', 'held_stats', 'never_trained',
-           'warn_fixed_stats', 'set_affine', 'set_bn_mode', 'bn_mode', 'hold_bn_mode']
+           'stats_buffers', 'named_modules', 'norm_layers', 'bn_layers', 'check_glob', 'forget_copied_holds',
+           'held_stats', 'never_trained', 'warn_fixed_stats', 'set_affine', 'set_bn_mode', 'bn_mode', 'hold_bn_mode']
 
 # %% ../nbs/00_core.ipynb #07161936
 import warnings
@@ -157,6 +157,13 @@ def _put_holds(layer:nn.Module, holds:list[_Hold]):
     if not holds: return
     layer._bn_holds = holds
     holds[-1].engage(layer)
+
+# %% ../nbs/00_core.ipynb #e2547276
+def forget_copied_holds(
+    model:nn.Module, # A copy or a loaded pickle of a model, made while something held its modes
+):
+    "Remove what is left on `model` of the holds of its original"
+    for l in bn_layers(model): _holds_on(l)
 
 # %% ../nbs/00_core.ipynb #086b7ee8
 @contextmanager

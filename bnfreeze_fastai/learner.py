@@ -85,12 +85,13 @@ def _batches_tracked(layer) -> int|None:
     tracked = stats_buffers(layer).get('num_batches_tracked')
     return None if tracked is None else int(tracked)
 
-# %% ../nbs/06_learner.ipynb #0b479b1b
+# %% ../nbs/06_learner.ipynb #645abcf6
 def _title(learn:Learner, cb:BatchNormFreeze|None) -> str:
-    groups = learn.opt.param_lists
-    if cb is None: policy,frozen = 'no BatchNormFreeze: modes as the tensors show them',frozen_groups(learn.model, groups, learn.opt.frozen_idx)
-    else: policy,frozen = ', '.join(f'{side}={mode!r}' for side,mode in cb.bn_policy._asdict().items()),cb.frozen()
-    return f'{policy}; {sum(frozen)} of {len(groups)} parameter groups frozen'
+    "The policy, and how many parameter groups are frozen"
+    opt,policy = learn.opt,'no BatchNormFreeze: modes as the tensors show them'
+    if cb is not None: policy = ', '.join(f'{side}={mode!r}' for side,mode in cb.bn_policy._asdict().items())
+    frozen = frozen_groups(learn.model, opt.param_lists, opt.frozen_idx) if cb is None else cb.frozen()
+    return f'{policy}; {sum(frozen)} of {len(frozen)} parameter groups frozen'
 
 # %% ../nbs/06_learner.ipynb #e97d7c70
 @patch

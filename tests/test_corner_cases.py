@@ -97,6 +97,23 @@ def test_a_callback_moved_to_another_learner_forgets_the_first():
     assert body.moved() == {'stats', 'affine'}
 
 
+def test_a_splitter_may_be_a_generator():
+    learn = make_learner(splitter=lambda m: m.parameters(), cbs=BatchNormFreeze(bn_above='affine-only'))
+    learn.fit(1)
+    assert len(learn.opt.all_params()) == len(list(learn.model.parameters()))
+
+
+def test_removing_the_callback_not_in_force_changes_nothing():
+    learn = trained(cbs=[BatchNormFreeze('train'), BatchNormFreeze()])
+    learn.freeze()
+    learn.fit(1)
+    body = Body(learn.model[0])
+    learn.remove_cb(next(cb for cb in learn.cbs if isinstance(cb, BatchNormFreeze)))
+    learn.create_opt()
+    learn.fit(1)
+    assert body.moved() == set()
+
+
 # What was frozen by hand
 
 
