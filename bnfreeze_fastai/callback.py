@@ -108,7 +108,7 @@ def _attach(self:BatchNormFreeze):
         self._found = {p: p.requires_grad for l in norm_layers(learn.model).values() for p in affine_params(l)}
     learn.splitter = self.split
 
-# %% ../nbs/03_callback.ipynb #3a47ed07
+# %% ../nbs/03_callback.ipynb #6a6ccb1e
 @patch
 def _detach(self:BatchNormFreeze):
     learn = self.learn
@@ -128,8 +128,8 @@ def _detach(self:BatchNormFreeze):
 def _restore_fastai(self:BatchNormFreeze):
     norm_params = {p for l in norm_layers(self.model).values() for p in affine_params(l)}
     groups = zip(self.opt.param_lists, self.frozen())
-    as_frozen = {p: not frozen or self.opt.state.get(p, {}).get('force_train', False) for group,frozen in groups for p in group}
-    for p in norm_params & as_frozen.keys(): p.requires_grad = self._found.get(p, as_frozen[p])
+    by_fastai = {p: not frozen or self.opt.state.get(p, {}).get('force_train', False) for group,frozen in groups for p in group}
+    for p in norm_params & by_fastai.keys(): p.requires_grad = self._found.get(p, by_fastai[p])
 
 # %% ../nbs/03_callback.ipynb #e6c8e73b
 @patch
@@ -149,7 +149,7 @@ def modes(self:BatchNormFreeze) -> dict[str, str]: # Name of each norm layer to 
     "The mode that the policy gives every norm layer of the Learner's model at the freeze point in force"
     return layer_modes(self.model, self.opt.param_lists, self.frozen(), self.bn_policy)
 
-# %% ../nbs/03_callback.ipynb #0ce74903
+# %% ../nbs/03_callback.ipynb #3007ed99
 @patch
 def apply(self:BatchNormFreeze,
     leave:set[nn.Parameter]=frozenset(), # Norm layers' parameters that stay as they are
@@ -158,8 +158,9 @@ def apply(self:BatchNormFreeze,
     groups,frozen,layers = self.opt.param_lists,self.frozen(),norm_layers(self.model)
     modes = layer_modes(self.model, groups, frozen, self.bn_policy)
     set_affine({layers[n]: mode for n,mode in modes.items()}, among={p for group in groups for p in group} - leave)
-    norm_params = {p for l in layers.values() for p in affine_params(l)}
-    fixed = [p for group,is_frozen in zip(groups, frozen) for p in group if not p.requires_grad and (is_frozen or p in norm_params)]
+    norm_params = {p: MODES[mode].trains_affine for n,mode in modes.items() for p in affine_params(layers[n])}
+    def is_fixed(p, in_frozen_group): return not norm_params[p] if p in norm_params else in_frozen_group and not p.requires_grad
+    fixed = [p for group,is_frozen in zip(groups, frozen) for p in group if is_fixed(p, is_frozen)]
     in_epoch = [] if self._fixed is None else self._fixed_params # a thaw during an epoch counts from the next
     self._fixed_params = list(dict.fromkeys([*in_epoch, *fixed]))
     drop_grads(self._fixed_params)

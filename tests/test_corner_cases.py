@@ -170,6 +170,18 @@ def test_what_a_callback_turns_off_without_a_freeze_point_stays_off():
     assert not any(map(any, seen))
 
 
+def test_what_is_switched_off_and_on_within_an_epoch_trains_while_it_is_on():
+    class Alternates(Callback):
+        def before_batch(self):
+            self.learn.model[0].requires_grad_(self.train_iter % 2 == 1)
+
+    learn = make_learner(splitter=trainable_params, cbs=[BatchNormFreeze(bn_above={'0.1': 'frozen', '*': 'train'}), Alternates()])
+    first, second = bn_layers(learn.model[0])
+    before = bits(first.state_dict().values()), bits(second.parameters())
+    learn.fit(2)
+    assert same(before[0], first.state_dict().values()) and not same(before[1], second.parameters())
+
+
 # Leaving
 
 
