@@ -149,7 +149,7 @@ def modes(self:BatchNormFreeze) -> dict[str, str]: # Name of each norm layer to 
     "The mode that the policy gives every norm layer of the Learner's model at the freeze point in force"
     return layer_modes(self.model, self.opt.param_lists, self.frozen(), self.bn_policy)
 
-# %% ../nbs/03_callback.ipynb #3007ed99
+# %% ../nbs/03_callback.ipynb #72e3d7f6
 @patch
 def apply(self:BatchNormFreeze,
     leave:set[nn.Parameter]=frozenset(), # Norm layers' parameters that stay as they are
@@ -158,9 +158,10 @@ def apply(self:BatchNormFreeze,
     groups,frozen,layers = self.opt.param_lists,self.frozen(),norm_layers(self.model)
     modes = layer_modes(self.model, groups, frozen, self.bn_policy)
     set_affine({layers[n]: mode for n,mode in modes.items()}, among={p for group in groups for p in group} - leave)
-    norm_params = {p: MODES[mode].trains_affine for n,mode in modes.items() for p in affine_params(layers[n])}
-    def is_fixed(p, in_frozen_group): return not norm_params[p] if p in norm_params else in_frozen_group and not p.requires_grad
-    fixed = [p for group,is_frozen in zip(groups, frozen) for p in group if is_fixed(p, is_frozen)]
+    norm_params = {p for l in layers.values() for p in affine_params(l)}
+    by_policy = {p for n,mode in modes.items() if not MODES[mode].trains_affine for p in affine_params(layers[n])}
+    by_group = {p for group,is_frozen in zip(groups, frozen) if is_frozen for p in group if not p.requires_grad} - norm_params
+    fixed = [p for group in groups for p in group if p in by_policy or p in by_group]
     in_epoch = [] if self._fixed is None else self._fixed_params # a thaw during an epoch counts from the next
     self._fixed_params = list(dict.fromkeys([*in_epoch, *fixed]))
     drop_grads(self._fixed_params)

@@ -135,6 +135,16 @@ def test_a_bias_left_out_of_the_optimizer_does_not_free_its_weight():
     assert same(before, model[0][1].parameters())
 
 
+@pytest.mark.parametrize('rule', [{'0.1': 'frozen', '0.4': 'train'}, {'0.1': 'train', '0.4': 'frozen'}])
+def test_a_tied_weight_is_fixed_if_either_layer_fixes_it(rule):
+    model = body_and_head()
+    model[0][4].weight = model[0][1].weight
+    learn = trained(model=model).freeze_to_bn(0, bn_above=rule)
+    before = bits([model[0][1].weight])
+    learn.fit(1)
+    assert same(before, [model[0][1].weight])
+
+
 @pytest.mark.parametrize('way', ['add and remove', 'given to fit', 'given to validate'])
 def test_removal_gives_back_what_was_frozen_by_hand(way):
     learn = make_learner()
