@@ -108,7 +108,7 @@ class StepCost(Callback):
     order = 1000
 
     def __init__(self):
-        self.own, self.steps = [], []
+        self.own = []
 
     def after_batch(self):
         cb, repeats = active_callback(self.learn), 20

@@ -84,6 +84,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'bnfreeze_fastai.core.named_modules': ('core.html#named_modules', 'bnfreeze_fastai/core.py'),
                                       'bnfreeze_fastai.core.never_trained': ('core.html#never_trained', 'bnfreeze_fastai/core.py'),
                                       'bnfreeze_fastai.core.norm_layers': ('core.html#norm_layers', 'bnfreeze_fastai/core.py'),
+                                      'bnfreeze_fastai.core.norm_params': ('core.html#norm_params', 'bnfreeze_fastai/core.py'),
                                       'bnfreeze_fastai.core.set_affine': ('core.html#set_affine', 'bnfreeze_fastai/core.py'),
                                       'bnfreeze_fastai.core.set_bn_mode': ('core.html#set_bn_mode', 'bnfreeze_fastai/core.py'),
                                       'bnfreeze_fastai.core.stats_buffers': ('core.html#stats_buffers', 'bnfreeze_fastai/core.py'),

@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['active_callback', 'BatchNormFreeze', 'is_compiled']
 
-# %% ../nbs/03_callback.ipynb #db4aa98b
+# %% ../nbs/03_callback.ipynb #cbf85815
 import warnings
 from contextlib import ExitStack
 
@@ -21,8 +21,8 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .core import (MODES, affine_params, forget_copied_holds, held_stats, is_frozen_norm, norm_layers, set_affine,
-                                  stats_buffers, warn_fixed_stats)
+from .core import (MODES, affine_params, forget_copied_holds, held_stats, is_frozen_norm, norm_layers, norm_params,
+                                  set_affine, stats_buffers, warn_fixed_stats)
 from .fixed import all_ranks, drop_grads, fingerprint, level_slow_weights, named_tensors
 from .policy import Policy, check_policy, frozen_groups, layer_modes
 from .stats import snapshot
@@ -92,7 +92,7 @@ def _hand_over(old:BatchNormFreeze, new:BatchNormFreeze):
     for k in ('_opt', '_idx', '_n', '_groups', '_found'): setattr(new, k, getattr(old, k))
     new._fixed_params = []
 
-# %% ../nbs/03_callback.ipynb #613fa0fe
+# %% ../nbs/03_callback.ipynb #b2f47abe
 @patch
 def _attach(self:BatchNormFreeze):
     learn,previous = self.learn,active_callback(self.learn)
@@ -105,10 +105,10 @@ def _attach(self:BatchNormFreeze):
         self._opt,self._splitter,self._fixed_params = learn.opt,learn.splitter,[]
         self._idx = self._n = 0 if learn.opt is None else learn.opt.frozen_idx
         self._groups = [] if learn.opt is None else [list(group) for group in learn.opt.param_lists]
-        self._found = {p: p.requires_grad for l in norm_layers(learn.model).values() for p in affine_params(l)}
+        self._found = {p: p.requires_grad for p in norm_params(learn.model)}
     learn.splitter = self.split
 
-# %% ../nbs/03_callback.ipynb #6a6ccb1e
+# %% ../nbs/03_callback.ipynb #59e19068
 @patch
 def _detach(self:BatchNormFreeze):
     learn = self.learn
@@ -126,10 +126,9 @@ def _detach(self:BatchNormFreeze):
 
 @patch
 def _restore_fastai(self:BatchNormFreeze):
-    norm_params = {p for l in norm_layers(self.model).values() for p in affine_params(l)}
     groups = zip(self.opt.param_lists, self.frozen())
     by_fastai = {p: not frozen or self.opt.state.get(p, {}).get('force_train', False) for group,frozen in groups for p in group}
-    for p in norm_params & by_fastai.keys(): p.requires_grad = self._found.get(p, by_fastai[p])
+    for p in norm_params(self.model) & by_fastai.keys(): p.requires_grad = self._found.get(p, by_fastai[p])
 
 # %% ../nbs/03_callback.ipynb #e6c8e73b
 @patch
@@ -149,7 +148,7 @@ def modes(self:BatchNormFreeze) -> dict[str, str]: # Name of each norm layer to 
     "The mode that the policy gives every norm layer of the Learner's model at the freeze point in force"
     return layer_modes(self.model, self.opt.param_lists, self.frozen(), self.bn_policy)
 
-# %% ../nbs/03_callback.ipynb #72e3d7f6
+# %% ../nbs/03_callback.ipynb #764e6604
 @patch
 def apply(self:BatchNormFreeze,
     leave:set[nn.Parameter]=frozenset(), # Norm layers' parameters that stay as they are
@@ -158,9 +157,9 @@ def apply(self:BatchNormFreeze,
     groups,frozen,layers = self.opt.param_lists,self.frozen(),norm_layers(self.model)
     modes = layer_modes(self.model, groups, frozen, self.bn_policy)
     set_affine({layers[n]: mode for n,mode in modes.items()}, among={p for group in groups for p in group} - leave)
-    norm_params = {p for l in layers.values() for p in affine_params(l)}
     by_policy = {p for n,mode in modes.items() if not MODES[mode].trains_affine for p in affine_params(layers[n])}
-    by_group = {p for group,is_frozen in zip(groups, frozen) if is_frozen for p in group if not p.requires_grad} - norm_params
+    by_group = {p for group,is_frozen in zip(groups, frozen) if is_frozen for p in group if not p.requires_grad}
+    by_group -= norm_params(self.model)
     fixed = [p for group in groups for p in group if p in by_policy or p in by_group]
     in_epoch = [] if self._fixed is None else self._fixed_params # a thaw during an epoch counts from the next
     self._fixed_params = list(dict.fromkeys([*in_epoch, *fixed]))
@@ -232,11 +231,11 @@ def before_step(self:BatchNormFreeze):
     "Whatever was thawed during the epoch counts from the next one"
     if self._fixed is not None: drop_grads(self._fixed_params)
 
-# %% ../nbs/03_callback.ipynb #ad848ca6
+# %% ../nbs/03_callback.ipynb #ad2d07d5
 @patch
 def _start_epoch(self:BatchNormFreeze):
     self._pending = False
-    off = {p for l in norm_layers(self.model).values() for p in affine_params(l) if not p.requires_grad}
+    off = {p for p in norm_params(self.model) if not p.requires_grad}
     modes = self._hold(off if self.frozen() == self._frozen_at else frozenset())
     tensors = named_tensors(self.model)
     self._fixed = self._fixed_names(modes, tensors) if self.verify else []

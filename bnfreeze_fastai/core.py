@@ -7,8 +7,9 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['MODES', 'BN_TYPES', 'NORM_TYPES', 'Mode', 'check_mode', 'is_frozen_norm', 'keeps_stats', 'affine_params',
-           'stats_buffers', 'named_modules', 'norm_layers', 'bn_layers', 'check_glob', 'forget_copied_holds',
-           'held_stats', 'never_trained', 'warn_fixed_stats', 'set_affine', 'set_bn_mode', 'bn_mode', 'hold_bn_mode']
+           'stats_buffers', 'named_modules', 'norm_layers', 'norm_params', 'bn_layers', 'check_glob',
+           'forget_copied_holds', 'held_stats', 'never_trained', 'warn_fixed_stats', 'set_affine', 'set_bn_mode',
+           'bn_mode', 'hold_bn_mode']
 
 # %% ../nbs/00_core.ipynb #07161936
 import warnings
@@ -100,6 +101,13 @@ def norm_layers(
 ) -> dict[str, nn.Module]: # Dotted name to norm layer
     "Every norm layer of `model`, those frozen by construction included"
     return {n: m for n,m in named_modules(model).items() if isinstance(m, NORM_TYPES) or is_frozen_norm(m)}
+
+# %% ../nbs/00_core.ipynb #3f92f52e
+def norm_params(
+    model:nn.Module, # Any module
+) -> set[nn.Parameter]:
+    "The affine parameters of all norm layers of `model`"
+    return {p for l in norm_layers(model).values() for p in affine_params(l)}
 
 # %% ../nbs/00_core.ipynb #4a67a9fa
 def bn_layers(
@@ -225,7 +233,7 @@ def _as_layers(model_or_layers) -> dict[str, nn.Module]:
     found = {'.'.join(filter(None, (name, n))): l for name,m in given.items() for n,l in norm_layers(m).items()}
     return {n: l for n,l in found.items() if not is_frozen_norm(l)}
 
-# %% ../nbs/00_core.ipynb #a1c9d4cb
+# %% ../nbs/00_core.ipynb #20f560c9
 def set_bn_mode(
     model_or_layers:nn.Module|Iterable[nn.Module], # A model (all its norm layers are set), or layers
     mode:str, # One of `MODES`; anything else raises `ValueError`
@@ -234,8 +242,9 @@ def set_bn_mode(
     check_mode(mode)
     layers = _as_layers(model_or_layers)
     warn_fixed_stats(dict.fromkeys(layers, mode), layers)
-    lasting = [] if mode == 'train' else [mode]
-    for l in layers.values(): _put_holds(l, [_Hold(m, lasting=True) for m in lasting] + [h for h in _holds_on(l) if not h.lasting])
+    for l in layers.values():
+        lasting = [] if mode == 'train' else [_Hold(mode, lasting=True)]
+        _put_holds(l, lasting + [h for h in _holds_on(l) if not h.lasting])
     set_affine(dict.fromkeys(layers.values(), mode))
 
 # %% ../nbs/00_core.ipynb #b70d06a0

@@ -8,14 +8,14 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['Policy', 'check_policy', 'layer_groups', 'frozen_groups', 'layer_modes']
 
-# %% ../nbs/01_policy.ipynb #6536f526
+# %% ../nbs/01_policy.ipynb #878c6d52
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
 
-from .core import affine_params, check_glob, check_mode, is_frozen_norm, named_modules, norm_layers
+from .core import check_glob, check_mode, is_frozen_norm, named_modules, norm_layers, norm_params
 
 # %% ../nbs/01_policy.ipynb #3e37003a
 class Policy(NamedTuple):
@@ -72,16 +72,16 @@ def _nearest_group(name:str, modules:Mapping[str, nn.Module], group_of:Mapping[n
         if found: return found.pop() if len(found) == 1 else previous
     return previous
 
-# %% ../nbs/01_policy.ipynb #19d2b7be
+# %% ../nbs/01_policy.ipynb #fcc3c453
 def frozen_groups(
     model:nn.Module,
     groups:Sequence[Sequence[nn.Parameter]], # Parameter groups, as in `opt.param_lists`
     n:int, # Freeze point on record, counted from 0
 ) -> list[bool]: # For each group, whether it is frozen
     "Which groups are frozen, by `n` and by what the tensors say"
-    norm_params = {p for l in norm_layers(model).values() for p in affine_params(l)}
+    of_norms = norm_params(model)
     by_point = [i < n for i in range(len(groups))]
-    others = [[p.requires_grad for p in group if p not in norm_params] for group in groups]
+    others = [[p.requires_grad for p in group if p not in of_norms] for group in groups]
     return [not any(trains) if trains else frozen for trains,frozen in zip(others, by_point)]
 
 # %% ../nbs/01_policy.ipynb #81ac58a2
