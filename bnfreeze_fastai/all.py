@@ -1,8 +1,12 @@
 "Everything for a notebook: `from bnfreeze_fastai.all import *`"
 from .callback import *
 from .core import *
+from .drift import *
 from .fixed import *
 from .learner import *
+from .moments import *
+from .observe import *
 from .plots import *
 from .policy import *
+from .restore import *
 from .stats import *

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['active_callback', 'BatchNormFreeze', 'is_compiled']
+__all__ = ['active_callback', 'BatchNormFreeze']
 
-# %% ../nbs/03_callback.ipynb #cbf85815
+# %% ../nbs/03_callback.ipynb #fa9e8fa4
 import warnings
 from contextlib import ExitStack
 
@@ -21,8 +21,8 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .core import (MODES, affine_params, forget_copied_holds, held_stats, is_frozen_norm, norm_layers, norm_params,
-                                  set_affine, stats_buffers, warn_fixed_stats)
+from .core import (MODES, affine_params, forget_copied_holds, held_stats, is_compiled, is_frozen_norm, norm_layers,
+                                  norm_params, set_affine, stats_buffers, warn_fixed_stats)
 from .fixed import all_ranks, drop_grads, fingerprint, level_slow_weights, named_tensors
 from .policy import Policy, check_policy, frozen_groups, layer_modes
 from .stats import snapshot
@@ -176,13 +176,6 @@ def set_policy(self:BatchNormFreeze,
     "Follow `policy` from now on, and count movement from here"
     self.bn_policy,self.bn_start = check_policy(policy, self.model),snapshot(self.model)
     self._opt,self._n,self._found,self._frozen_at = None,0,{},None
-
-# %% ../nbs/03_callback.ipynb #97b3fb0e
-def is_compiled(
-    model:nn.Module,
-) -> bool:
-    "Whether `torch.compile` was applied to `model` or a part of it"
-    return any('_orig_mod' in dict(m.named_children()) or m._compiled_call_impl is not None for m in model.modules())
 
 # %% ../nbs/03_callback.ipynb #1a7b66f4
 @patch

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['MODES', 'BN_TYPES', 'NORM_TYPES', 'Mode', 'check_mode', 'is_frozen_norm', 'keeps_stats', 'affine_params',
-           'stats_buffers', 'named_modules', 'norm_layers', 'norm_params', 'bn_layers', 'check_glob',
+           'stats_buffers', 'named_modules', 'is_compiled', 'norm_layers', 'norm_params', 'bn_layers', 'check_glob',
            'forget_copied_holds', 'held_stats', 'never_trained', 'warn_fixed_stats', 'set_affine', 'set_bn_mode',
            'bn_mode', 'hold_bn_mode']
 
@@ -94,6 +94,13 @@ def named_modules(
 ) -> dict[str, nn.Module]: # Dotted name to module, in order of registration; a shared module under its first name
     "Every module of `model` but wrappers, whose prefixes (`module.`, `_orig_mod.`) the names omit"
     return dict(_walk(model, '', set()))
+
+# %% ../nbs/00_core.ipynb #97b3fb0e
+def is_compiled(
+    model:nn.Module,
+) -> bool:
+    "Whether `torch.compile` was applied to `model` or a part of it"
+    return any('_orig_mod' in dict(m.named_children()) or m._compiled_call_impl is not None for m in model.modules())
 
 # %% ../nbs/00_core.ipynb #0b833595
 def norm_layers(

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['plot_scores']
+__all__ = ['plot_scores', 'plot_bn_drift']
 
-# %% ../nbs/05_plots.ipynb #bfd530c8
-import matplotlib.pyplot as plt, pandas as pd
+# %% ../nbs/05_plots.ipynb #55794ceb
+import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.ticker import MaxNLocator
 
 # %% ../nbs/05_plots.ipynb #7c30211e
 def plot_scores(
@@ -28,4 +31,32 @@ def plot_scores(
     ax.set(xticks=range(len(policies)), xticklabels=policies, xlim=(-0.5, len(policies)-0.5), ylabel=score)
     ax.grid(axis='y', alpha=0.3)
     ax.legend()
+    return ax
+
+# %% ../nbs/05_plots.ipynb #712143ca
+def _label_layers(ax:Axes, names:list[str], most:int=24):
+    "Names of layers along the x axis, at most `most` of them"
+    step = max(-(-len(names)//most), 1)
+    ax.set_xticks(range(0, len(names), step), names[::step], rotation=90)
+
+# %% ../nbs/05_plots.ipynb #7f9552dc
+def plot_bn_drift(
+    drift:pd.DataFrame, # From `bn_drift`, `bn_shift` or `recalibrate_bn`; several below one another have a column `epoch`
+    value:str='kl', # Column to show: `'mean_shift'`, `'log_var_ratio'` or `'kl'`; any other raises `ValueError`
+    ax:Axes=None, # Axes to draw into; made if not given
+) -> Axes: # The axes drawn into
+    "Layers by depth, epochs as colour: where the statistics moved"
+    known = [c for c in drift.columns if c not in ('layer', 'epoch')]
+    if value not in known: raise ValueError(f"There is no column {value!r}: choose one of {', '.join(map(repr, known))}.")
+    if ax is None: _,ax = plt.subplots(figsize=(7, 4), layout='constrained')
+    names = list(dict.fromkeys(drift['layer']))
+    table = drift.assign(epoch=drift.get('epoch', 1)).pivot(index='layer', columns='epoch', values=value).loc[names]
+    scale = ScalarMappable(Normalize(table.columns.min(), table.columns.max()), 'viridis')
+    for epoch in table: ax.plot(range(len(names)), table[epoch], 'o-', ms=3, color=scale.to_rgba(epoch), label=f'epoch {epoch}')
+    if len(table.columns) > 1: ax.figure.colorbar(scale, ax=ax, label='epoch', ticks=MaxNLocator(integer=True))
+    positive = table.to_numpy()[table.to_numpy() > 0]
+    if positive.size: ax.set_yscale('symlog', linthresh=10**np.floor(np.log10(positive.min())))
+    _label_layers(ax, names)
+    ax.set(ylabel=value, ylim=(0, None))
+    ax.grid(axis='y', alpha=0.3)
     return ax

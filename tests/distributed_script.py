@@ -1,4 +1,4 @@
-"Run by test_distributed.py on two processes with gloo: fits under every policy on DistributedDataParallel, and what has to raise"
+"Run by test_distributed.py on two processes with gloo: fits under every policy, statistics of data that ranks share, and what has to raise"
 
 import sys, warnings
 from pathlib import Path
@@ -74,6 +74,65 @@ def check_sabotage():
         raise AssertionError('no error')
 
 
+def share(rank):
+    "Batches of one rank: sizes and values differ"
+    g = torch.Generator().manual_seed(rank)
+    return [torch.randn(n, 3, 8, 8, generator=g) * (2 + rank) + 3 * rank for n in ([8, 8, 3], [5])[rank]]
+
+
+def first_layer_inputs(model):
+    x = torch.cat([x for rank in (0, 1) for x in share(rank)])
+    with torch.no_grad():
+        return model[0][0](x).double().transpose(0, 1).flatten(1)
+
+
+def check_recalibration(method, preserve, sync_bn):
+    set_seed(0)
+    model = body_and_head()
+    if sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    wrapped = model if sync_bn else DistributedDataParallel(model)
+    y = model.eval()(share(0)[0])
+    recalibrate_bn(wrapped, share(dist.get_rank()), method=method, preserve=preserve, progress=False)
+    x = first_layer_inputs(model)
+    torch.testing.assert_close(model[0][1].running_mean.double(), x.mean(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model[0][1].running_var.double(), x.var(1), rtol=1e-5, atol=0)
+    state = list(model.state_dict().values())
+    assert same(rank0(state), state), 'ranks differ'
+    assert int(model[0][1].num_batches_tracked) == 4
+    if preserve:
+        torch.testing.assert_close(model(share(0)[0]), y, rtol=1e-4, atol=1e-4)
+
+
+def check_failing_rank(batches, said):
+    model = body_and_head()
+    before = bits(model.state_dict().values())
+    try:
+        recalibrate_bn(model, batches, progress=False)
+    except (ValueError, RuntimeError) as e:
+        assert said[dist.get_rank()] in str(e), e
+    else:
+        raise AssertionError('no error')
+    assert same(before, model.state_dict().values())
+
+
+def check_statistics():
+    for method in ('batch', 'sequential'):
+        for preserve in (False, True):
+            for sync_bn in (False, True):
+                check_recalibration(method, preserve, sync_bn)
+    rank = dist.get_rank()
+    check_failing_rank([x * float('nan') if rank else x for x in share(rank)], ['rank 1: ValueError: Batch 1', 'Batch 1'])
+    check_failing_rank([], ['yields nothing'] * 2)
+    model = body_and_head()
+    shift = bn_shift(model, share(0) if rank else [], progress=False)  # a rank without data has its say too
+    assert shift.kl.notna().all() and shift.equals(bn_shift(model, share(0)[rank * 2 :][: 2 - rank], progress=False))
+    learn = make_learner()
+    learn.recalibrate_bn()
+    state = list(learn.model.buffers())
+    assert same(rank0(state), state) and int(state[2]) == 6
+
+
 if __name__ == '__main__':
     dist.init_process_group('gloo')
     for opt in OPTIMIZERS:
@@ -82,6 +141,7 @@ if __name__ == '__main__':
     for mode in ('frozen', 'affine-only'):
         check(mode, 'affine-only', True, 'adam')  # SyncBatchNorm in training mode needs a GPU
     check_sabotage()
+    check_statistics()
     dist.barrier()
     if not dist.get_rank():
         print('all ranks agree')

@@ -153,8 +153,7 @@ def test_movement_is_exact():
     bn = learn.model[0][1]
     with torch.no_grad():
         bn.bias.add_(0.25)
-    shift = (bn.running_var.double() + bn.eps).sqrt()
-    bn.running_mean.copy_(bn.running_mean + shift)
+    bn.running_mean.copy_(bn.running_mean + bn.running_var.double().sqrt())
     row = learn.bn_summary().df.set_index('layer').loc['0.1']
     assert row.stats_moved == pytest.approx(1, rel=1e-5)  # a shift of one standard deviation: KL 1/2 + 1/2
     assert row.affine_moved == pytest.approx(0.25 / 2**0.5, rel=1e-5)

@@ -12,12 +12,16 @@ BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / 'nbs').rglob('*.ipynb'))
 FLOORS = [
     'core',
+    'restore',
+    'moments',
+    'observe',
     'policy',
     'stats',
     'fixed',
     'callback',
     'precompute',
     'plots',
+    'drift',
     'learner',
     'compare',
     'demo',
@@ -65,8 +69,16 @@ def test_modules_import_downwards_only():
         path = ROOT / 'bnfreeze_fastai' / f'{name}.py'
         if not path.exists():
             continue
-        imported = re.findall(r'from (?:bnfreeze_fastai|)\.(\w+) import', path.read_text(encoding='utf-8'))
+        text = path.read_text(encoding='utf-8')
+        imported = re.findall(r'from (?:bnfreeze_fastai|)\.(\w+) import', text)
+        for names in re.findall(r'from (?:\.|bnfreeze_fastai) import (.+)', text):
+            imported += names.split(', ')
         assert set(imported) <= set(FLOORS[:i]), name
+
+
+def test_every_module_has_a_floor():
+    modules = {p.stem for p in (ROOT / 'bnfreeze_fastai').glob('*.py')} - {'__init__', '_modidx', 'all'}
+    assert modules <= set(FLOORS)
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
