@@ -26,7 +26,7 @@ bench: .venv/installed
 # After an edit in a notebook: export the modules, run and clean the notebooks, and make the README anew
 notebooks: .venv/installed
 	$(BIN)/nbdev-export
-	for nb in nbs/*.ipynb; do PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/exec_nb $$nb --dest $$nb --exc-stop || exit 1; done
+	for nb in nbs/*.ipynb nbs/tutorials/*.ipynb; do PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/exec_nb $$nb --dest $$nb --exc-stop || exit 1; done
 	$(BIN)/nbdev-clean
 	$(MAKE) readme
 

@@ -1,164 +1,24 @@
-"""What head training costs under `freeze_to_bn(-1)`, against fastai's `freeze()` and the bare forward pass of the frozen body.
+"""All benchmarks, or those named: `python -m bench [head] [recalibration]`. Run by `make bench`.
 
-Run by `make bench`. Variants are timed in turn, round after round, and told as ratios: machines are noisy. Nothing here fails on time."""
+Variants are timed in turn, round after round, and told as ratios: machines are noisy. Nothing here fails on time."""
 
-import os, platform, re, subprocess, sys, time, warnings
-from pathlib import Path
-from statistics import median
+import os, platform, sys, warnings
 
 import pandas as pd, torch
-from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback
-from fastai.data.core import DataLoaders
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.vision.learner import create_vision_model, model_meta
-from fastcore.basics import noop
-from fastprogress.fastprogress import progress_bar
-from torchvision import models
 
-from bnfreeze_fastai.callback import active_callback
-from bnfreeze_fastai.core import bn_layers
-from bnfreeze_fastai.demo import TrainOnly
-from bnfreeze_fastai.fixed import fingerprint
-import bnfreeze_fastai.learner
+from bench import head, recalibration
+from bench.measure import BATCH, SIZE
 
-SIZE, BATCH, N_BATCHES, ROUNDS = 128, 16, 16, 3
-
-
-def make_learner(arch):
-    torch.manual_seed(0)
-    x = torch.randn(N_BATCHES * BATCH, 3, SIZE, SIZE)
-    dls = DataLoaders.from_dsets([(im, i % 10) for i, im in enumerate(x)], [(x[0], 0)], bs=BATCH, num_workers=0, device='cpu')
-    model = create_vision_model(getattr(models, arch), 10, pretrained=False)
-    learn = Learner(
-        dls, model, loss_func=CrossEntropyLossFlat(), splitter=model_meta[getattr(models, arch)]['split'], lr=1e-4, cbs=TrainOnly()
-    )
-    learn.remove_cb(ProgressCallback)
-    learn.logger = noop
-    return learn
-
-
-def fastai_freeze(learn):
-    learn.freeze()
-    learn.fit(1)
-
-
-def freeze_to_bn(learn):
-    learn.freeze_to_bn(-1)
-    learn.fit(1)
-    learn.remove_cb(active_callback(learn))
-
-
-@torch.no_grad()
-def forward_pass(learn):
-    learn.model.eval()
-    for x, _ in learn.dls.train:
-        learn.model[0](x)
-
-
-VARIANTS = {f.__name__: f for f in (fastai_freeze, freeze_to_bn, forward_pass)}
-
-
-def seconds(f, *args):
-    start = time.perf_counter()
-    f(*args)
-    return time.perf_counter() - start
-
-
-def time_variants(arch):
-    "Median over rounds of each variant's epoch, and of its ratio to the others in the same round"
-    learn = make_learner(arch)
-    for f in VARIANTS.values():
-        f(learn)  # warm up, and statistics to hold
-    rounds = pd.DataFrame([{name: seconds(f, learn) for name, f in VARIANTS.items()} for _ in progress_bar(range(ROUNDS))])
-    return {
-        'epoch, s': rounds['freeze_to_bn'].median(),
-        '÷ fastai freeze()': (rounds['freeze_to_bn'] / rounds['fastai_freeze']).median(),
-        '÷ forward pass': (rounds['freeze_to_bn'] / rounds['forward_pass']).median(),
-    }
-
-
-def peak_memory(arch, variant):
-    "MiB of resident memory that an epoch adds at its peak to a process with model and data in place; reads Linux's /proc"
-
-    def memory(field):
-        return int(re.search(rf'{field}:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) / 1024
-
-    learn = make_learner(arch)
-    Path('/proc/self/clear_refs').write_text('5')  # the peak counts from here
-    before = memory('VmRSS')
-    VARIANTS[variant](learn)
-    return memory('VmHWM') - before
-
-
-def compare_memory(arch):
-    "Each variant in a process of its own"
-
-    def run(variant):
-        return float(subprocess.run([sys.executable, '-m', 'bench', arch, variant], check=True, capture_output=True, text=True).stdout)
-
-    added = {name: run(name) for name in VARIANTS}
-    return {**{f'{name}, MiB': mib for name, mib in added.items()}, '÷ fastai freeze()': added['freeze_to_bn'] / added['fastai_freeze']}
-
-
-class StepCost(Callback):
-    "Times the events of `BatchNormFreeze` in a training step, its hooks on every held layer, and the step itself"
-
-    order = 1000
-
-    def __init__(self):
-        self.own = []
-
-    def after_batch(self):
-        cb, repeats = active_callback(self.learn), 20
-        layers = bn_layers(self.learn.model[0])
-        hooks = [next(iter(l._forward_pre_hooks.values())) for l in layers]
-
-        def step():
-            for _ in range(repeats):
-                cb.before_batch()
-                for l in layers:
-                    l.training = True  # as after a stray `.train()`: the hooks have work to do
-                for hook, l in zip(hooks, layers):
-                    hook(l, ()), hook(l, (), None)
-                cb.before_step()
-
-        self.own.append(seconds(step) / repeats)
-
-
-def callback_cost(arch):
-    "The callback's own time per training step and per epoch"
-    learn, cost = make_learner(arch), StepCost()
-    learn.fit(1)
-    learn.freeze_to_bn(-1)
-    learn.fit(1, cbs=cost)
-    step = min(seconds(learn.fit, 1) for _ in range(3)) / N_BATCHES
-    frozen = learn.model[0].state_dict().values()
-    return {
-        'per step, ms': 1e3 * median(cost.own),
-        'a step, ms': 1e3 * step,
-        'per step, %': 100 * median(cost.own) / step,
-        'verify per epoch, ms': 1e3 * seconds(lambda: [fingerprint(t) for t in frozen]),
-    }
-
-
-def main():
-    warnings.simplefilter('ignore')
-    if len(sys.argv) == 3:
-        return print(peak_memory(*sys.argv[1:]))
-    print(
-        f'{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads; '
-        f'{SIZE} px, batches of {BATCH}, {N_BATCHES} per epoch, random weights, median of {ROUNDS} rounds in turn'
-    )
-    for title, measure in [
-        ('Head training, time of an epoch', time_variants),
-        ('Head training, peak memory added', compare_memory),
-        ("The callback's own cost", callback_cost),
-    ]:
-        rows = [{'network': arch, **measure(arch)} for arch in ('resnet34', 'resnet50')]
-        print(f'\n{title}\n{pd.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format)}')
-
+PARTS = {'head': (head, ('resnet34', 'resnet50')), 'recalibration': (recalibration, ('resnet18', 'resnet50'))}
 
 if __name__ == '__main__':
-    main()
+    warnings.simplefilter('ignore')
+    print(
+        f'{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads; '
+        f'{SIZE} px, batches of {BATCH}, random weights, variants in turn'
+    )
+    for name in sys.argv[1:] or PARTS:
+        part, archs = PARTS[name]
+        for title, measure in part.TABLES.items():
+            rows = [{'network': arch, **measure(arch)} for arch in archs]
+            print(f'\n{title}\n{pd.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format)}')

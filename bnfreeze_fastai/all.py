@@ -4,9 +4,6 @@ from .core import *
 from .drift import *
 from .fixed import *
 from .learner import *
-from .moments import *
-from .observe import *
 from .plots import *
 from .policy import *
-from .restore import *
 from .stats import *

@@ -135,7 +135,7 @@ def check_glob(
     raise ValueError(f"The glob {glob!r} matches no norm layer of the model, which has: {known}. "
                      "Give a glob over these dotted names, such as '0.*', or '*' for all.")
 
-# %% ../nbs/00_core.ipynb #754af30b
+# %% ../nbs/00_core.ipynb #42e622be
 class _Hold:
     "A mode set on a layer and the forward hooks that keep its statistics fixed; a copy or pickle holds nothing unless `lasting`"
     mode,lasting,handles,flag = None,False,(),None
@@ -152,7 +152,7 @@ class _Hold:
 
     def release(self, layer):
         for h in self.handles: h.remove()
-        if self.flag is not None: layer.training = self.flag # after Ctrl-C torch calls no forward hook
+        if self.flag is not None and not layer.training: layer.training = self.flag # after Ctrl-C torch calls no forward hook
         self.handles,self.flag = (),None
 
     def __getstate__(self): return self.__dict__ if self.lasting else {'handles': self.handles}

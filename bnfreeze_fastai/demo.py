@@ -9,8 +9,9 @@ from __future__ import annotations
 __all__ = ['FASTAI', 'POLICIES', 'digit_images', 'colour', 'ResBlock', 'small_resnet', 'TrainOnly', 'pretrain', 'transfer',
            'run_demo', 'summarise', 'differences']
 
-# %% ../nbs/07a_demo.ipynb #bcd825c8
+# %% ../nbs/07a_demo.ipynb #6980003e
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import combinations
 
@@ -81,12 +82,12 @@ class TrainOnly(Callback):
     "Skip validation within a fit, so that its time is that of training"
     def before_validate(self): raise CancelValidException()
 
-# %% ../nbs/07a_demo.ipynb #eb7318ec
+# %% ../nbs/07a_demo.ipynb #2f274abc
 def _fit(dls:DataLoaders, model:nn.Module, n_epoch:int, prepare=None) -> tuple[float, float]:
     "Validation accuracy and the seconds that the fit took"
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=lambda m: [params(m[0]), params(m[1])])
-    if prepare is not None: prepare(learn)
     with learn.no_bar(), learn.no_logging():
+        if prepare is not None: prepare(learn)
         start = time.perf_counter()
         learn.fit_one_cycle(n_epoch, 1e-2, cbs=TrainOnly())
         seconds = time.perf_counter() - start
@@ -108,22 +109,24 @@ FASTAI = 'fastai freeze()'
 POLICIES = {FASTAI: lambda learn: learn.freeze(),
             **{mode: lambda learn, mode=mode: learn.freeze_to_bn(-1, bn=mode) for mode in MODES}}
 
-# %% ../nbs/07a_demo.ipynb #990b71dd
+# %% ../nbs/07a_demo.ipynb #c1cb9fec
 def transfer(
     pretrained:nn.Module, # Network from `pretrain`
-    policy:str, # Key of `POLICIES`
+    policy:str, # Key of `policies`
     seed:int, # Of the new head, the choice of training images and the batches
     n_images:int, # Training images
     n_epoch:int, # Epochs
+    policies:dict=POLICIES, # Name to a function that prepares a Learner
+    recolour:Callable=colour, # From grey images to those of the new task
 ) -> dict: # `policy`, `seed`, `accuracy`, `seconds`, and whether `stats` and `affine` of the frozen body moved
     "Train a new head for coloured digits 5 to 9 on the frozen body, under one policy"
     set_seed(seed)
     x,y = digit_images(range(5, 10))
-    dls = _dataloaders(colour(x), y, torch.randperm(len(x))[:n_images], 16)
+    dls = _dataloaders(recolour(x), y, torch.randperm(len(x))[:n_images], 16)
     model = deepcopy(pretrained)
     model[1] = small_resnet()[1]
     body,start = model[0],snapshot(model[0])
-    acc,seconds = _fit(dls, model, n_epoch, POLICIES[policy])
+    acc,seconds = _fit(dls, model, n_epoch, policies[policy])
     change = moved(body, start)
     return dict(policy=policy, seed=seed, accuracy=acc, seconds=seconds,
                 stats=bool((change['stats_moved'] > 0).any()), affine=bool((change['affine_moved'] > 0).any()))

@@ -16,17 +16,19 @@ from matplotlib.axes import Axes
 from .plots import plot_bn_drift
 from .stats import bn_drift, snapshot
 
-# %% ../nbs/05a_drift.ipynb #efd450b7
+# %% ../nbs/05a_drift.ipynb #acc77200
 class BatchNormDrift(Callback):
     "Record after each training epoch how far each layer's running statistics are from where they were before the first"
-    run_valid = False
-    def __init__(self): self.start,self.epochs = None,[]
+    def __init__(self): self.start,self.epochs,self.recording = {},[],False
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder')
-        if self.start is None and self.run and not self.learn.lock.locked(): self.start = snapshot(self.learn.model)
+        "Start, unless a former fit has; after the model was replaced, start anew"
+        if self.learn.lock.locked(): return # a validation, perhaps inside a fit
+        self.recording,now = not hasattr(self.learn, 'lr_finder'),snapshot(self.learn.model)
+        if self.recording and not self.start.keys() & now.keys(): self.start,self.epochs = now,[]
 
-    def after_train(self): self.epochs.append(bn_drift(self.learn.model, self.start).assign(epoch=len(self.epochs)+1))
+    def after_train(self):
+        if self.recording: self.epochs.append(bn_drift(self.learn.model, self.start).assign(epoch=len(self.epochs)+1))
 
     @property
     def df(self) -> pd.DataFrame: # `layer`, `mean_shift`, `log_var_ratio`, `kl` as from `bn_drift`, and `epoch`, counted from 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['drop_grads', 'level_slow_weights', 'fingerprint', 'named_tensors', 'all_ranks']
 
-# %% ../nbs/02a_fixed.ipynb #f6804515
+# %% ../nbs/02a_fixed.ipynb #dda02e06
 from collections.abc import Iterable
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from xxhash import xxh3_128_digest
 
 from .core import named_modules
+from .ranks import gathered
 
 # %% ../nbs/02a_fixed.ipynb #c91ad930
 def drop_grads(
@@ -51,14 +52,10 @@ def named_tensors(
     own = lambda m: [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]
     return {f'{name}.{k}' if name else k: t for name,m in named_modules(model).items() for k,t in own(m)}
 
-# %% ../nbs/02a_fixed.ipynb #d38ec1b0
+# %% ../nbs/02a_fixed.ipynb #9d8061f5
 def all_ranks(
     names:set[str], # What this rank found
     model:nn.Module, # The model as it trains, wrapped or not
 ) -> list[str]: # What any rank found, sorted
     "The union of `names` over the ranks that train `model`"
-    if isinstance(model, DistributedDataParallel):
-        per_rank = [None] * torch.distributed.get_world_size(model.process_group)
-        torch.distributed.all_gather_object(per_rank, names, group=model.process_group)
-        names = set().union(*per_rank)
-    return sorted(names)
+    return sorted(set().union(*gathered(names, model)) if isinstance(model, DistributedDataParallel) else names)

@@ -8,9 +8,11 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['BatchNormSummary']
 
-# %% ../nbs/06_learner.ipynb #077ecab1
+# %% ../nbs/06_learner.ipynb #c4ff4dc4
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
+from numbers import Integral
 from operator import index
 
 import pandas as pd
@@ -23,7 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from . import plots, stats
 from .callback import BatchNormFreeze, active_callback
-from .core import affine_params, bn_mode, norm_layers, stats_buffers
+from .core import affine_params, bn_mode, keeps_stats, norm_layers, stats_buffers
 from .drift import BatchNormDrift
 from .fixed import level_slow_weights
 from .policy import Policy, check_policy, frozen_groups, layer_groups
@@ -114,27 +116,37 @@ def bn_summary(self:Learner) -> BatchNormSummary: # Columns of `.df`: see the ta
     df = pd.DataFrame(rows, columns=columns).astype({'momentum': 'float', 'batches_tracked': 'Int64'})
     return BatchNormSummary(df.merge(stats.moved(self.model, {} if cb is None else cb.bn_start), on='layer'), _title(self, cb))
 
-# %% ../nbs/06_learner.ipynb #5add6d14
-class _OnDevice:
-    "A data loader whose batches come on the model's device, as in a fit"
+# %% ../nbs/06_learner.ipynb #3316ea83
+def _plain(x):
+    "Tensors of fastai's own types as plain ones, as `CastToTensor` gives them to the model"
+    if isinstance(x, (tuple, list)): return tuple(map(_plain, x))
+    return x.as_subclass(Tensor) if isinstance(x, Tensor) else x
+
+def _as_in_fit(b, device):
+    "A batch as a fit gives it to the model"
+    return _plain(to_device(b, device))
+
+class _AsInFit:
+    "A data loader of such batches"
     def __init__(self, dl, device): self.dl,self.device = dl,device
     def __len__(self): return len(self.dl)
-    def __iter__(self): return (to_device(b, self.device) for b in self.dl)
+    def __iter__(self): return (_as_in_fit(b, self.device) for b in self.dl)
 
-# %% ../nbs/06_learner.ipynb #bee1b1a2
+# %% ../nbs/06_learner.ipynb #02097684
 def _batches(learn:Learner, ds_idx:int, dl:Iterable|None) -> dict:
     "The batches meant and how to take them, as arguments for `stats`; the model moves to the device of the data, as in a fit"
-    n,device = len(learn.dls.loaders),getattr(learn.dls, 'device', None)
+    n = len(getattr(learn.dls, 'loaders', []))
     if dl is None:
-        if not isinstance(ds_idx, int) or not -n <= ds_idx < n:
-            raise ValueError(f"`ds_idx` is {ds_idx!r}, but this Learner has {n} datasets: choose from 0 to {n-1}, "
+        if not isinstance(ds_idx, Integral) or not -n <= ds_idx < n:
+            raise ValueError(f"`ds_idx` is {ds_idx!r}, but this Learner has {n} datasets: choose from {-n} to {n-1}, "
                              "or give a loader as `dl`.")
         dl = learn.dls[ds_idx]
-    if device is not None: learn.model.to(device)
-    if not isinstance(dl, Iterator): dl = _OnDevice(dl, next(learn.model.parameters()).device)
+    if getattr(learn.dls, 'device', None) is not None: learn.model.to(learn.dls.device)
+    device = next((t.device for t in (*learn.model.parameters(), *learn.model.buffers())), None)
+    dl = map(partial(_as_in_fit, device=device), dl) if isinstance(dl, Iterator) else _AsInFit(dl, device)
     return dict(batches=dl, n_inp=getattr(learn.dls, 'n_inp', None), progress=hasattr(learn, 'progress'))
 
-# %% ../nbs/06_learner.ipynb #c38d243c
+# %% ../nbs/06_learner.ipynb #8866b08d
 @patch
 def recalibrate_bn(self:Learner,
     ds_idx:int=0, # Dataset of the Learner to take batches from
@@ -147,8 +159,8 @@ def recalibrate_bn(self:Learner,
     "Set running statistics to those of the data, exactly, and touch no weight; bad input raises `ValueError` before anything has changed"
     how = dict(layers=layers, method=method, preserve=preserve, n_batches=n_batches)
     drift = stats.recalibrate_bn(self.model, **how, **_batches(self, ds_idx, dl))
-    rescaled = {p for n,l in norm_layers(self.model).items() if preserve and fnmatchcase(n, layers) for p in affine_params(l)}
-    if self.opt is not None: level_slow_weights(self.opt, rescaled)
+    rescaled = [l for n,l in norm_layers(self.model).items() if preserve and keeps_stats(l) and fnmatchcase(n, layers)]
+    if self.opt is not None: level_slow_weights(self.opt, {p for l in rescaled for p in affine_params(l)})
     return drift
 
 # %% ../nbs/06_learner.ipynb #92a35f5c
@@ -167,10 +179,10 @@ def bn_snapshot(self:Learner) -> dict[str, dict[str, Tensor]]: # Name of each no
     "A copy of the running statistics and affine parameters of every norm layer"
     return stats.snapshot(self.model)
 
-# %% ../nbs/06_learner.ipynb #34031d28
+# %% ../nbs/06_learner.ipynb #7d49a1f8
 @patch
 def bn_drift(self:Learner,
-    since:Mapping=None, # Snapshot to measure from; from when the policy was set if not given
+    since:Mapping=None, # Snapshot to measure from; from when the policy was set if not given, and `ValueError` if none was
 ) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats)
     "How far each layer's running statistics are from where they were"
     cb = active_callback(self)

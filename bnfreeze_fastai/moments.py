@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/01a_moments.ipynb #250ce0a3
+# %% ../nbs/01a_moments.ipynb #e2fe1391
 class Moments(NamedTuple):
     "Moments per channel; tensors have shape (channels,)"
     n:int # Values of each channel (batch norm), or instances (instance norm)
-    mean:Tensor
+    mean:Tensor # Of the values, or of the instances' means
     m2:Tensor # Sum of squared deviations from `mean`, or of the instances' variances
     dof:int # What `m2` is divided by: values less one, or instances that have a variance
     between:bool # Whether the spread between batches counts: yes for batch norm, no for instance norm
@@ -27,7 +27,7 @@ class Moments(NamedTuple):
     def var(self) -> Tensor: # Unbiased; shape (channels,)
         return self.m2/self.dof
 
-# %% ../nbs/01a_moments.ipynb #a7ed5659
+# %% ../nbs/01a_moments.ipynb #7af4091c
 def pool(
     a:Moments, # Of some batches
     b:Moments, # Of others, of the same layer
@@ -36,21 +36,26 @@ def pool(
     n,delta = a.n+b.n,b.mean-a.mean
     m2 = a.m2+b.m2
     if a.between: m2 = m2 + delta.square()*(a.n*b.n/n)
-    return Moments(n, a.mean + delta*(b.n/n), m2, a.dof+b.dof+a.between, a.between)
+    return Moments(n, a.mean + delta*(b.n/n), m2, a.dof+b.dof+int(a.between), a.between) # (n_a - 1) + (n_b - 1) + 1 = n - 1
 
-# %% ../nbs/01a_moments.ipynb #7ba0a568
+# %% ../nbs/01a_moments.ipynb #64f8bcd6
+def _rows_by_shift(x:Tensor) -> tuple[Tensor, Tensor]:
+    "Mean and sum of squared deviations of each row of (n, channels, values)"
+    shift = x.mean(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    d = x - shift
+    total,squares = d.sum(-1).double(),d.square_().sum(-1).double()
+    return shift[..., 0].double() + total/x.shape[-1],squares - total.square()/x.shape[-1]
+
+def _rows_by_kernel(x:Tensor) -> tuple[Tensor, Tensor]:
+    "The same in one kernel"
+    var,mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), -1, correction=0)
+    wide = torch.float32 if x.device.type == 'mps' else torch.float64 # Apple's GPUs have no float64
+    return mean.to(wide),var.to(wide)*x.shape[-1]
+
 def _rows(x:Tensor) -> tuple[int, Tensor, Tensor]:
     "Values per row, mean and sum of squared deviations of each row of (n, channels, …)"
     x = x.flatten(2) if x.dim() > 2 else x[..., None]
-    size,narrow = x.shape[-1],torch.promote_types(x.dtype, torch.float32)
-    wide = torch.float32 if x.device.type == 'mps' else torch.float64 # Apple's GPUs have no float64
-    if x.device.type != 'cpu':
-        var,mean = torch.var_mean(x.to(narrow), -1, correction=0)
-        return size,mean.to(wide),var.to(wide)*size
-    shift = x.mean(-1, keepdim=True, dtype=narrow)
-    d = x - shift
-    total,squares = d.sum(-1).to(wide),d.square_().sum(-1).to(wide)
-    return size,shift[..., 0].to(wide) + total/size,squares - total.square()/size
+    return x.shape[-1],*(_rows_by_shift if x.device.type == 'cpu' else _rows_by_kernel)(x)
 
 # %% ../nbs/01a_moments.ipynb #d1adbfa1
 def batch_moments(

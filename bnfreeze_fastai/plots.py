@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['plot_scores', 'plot_bn_drift']
+__all__ = ['plot_scores', 'plot_score_curves', 'plot_bn_drift']
 
 # %% ../nbs/05_plots.ipynb #55794ceb
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
@@ -33,13 +33,32 @@ def plot_scores(
     ax.legend()
     return ax
 
+# %% ../nbs/05_plots.ipynb #f4971d05
+def plot_score_curves(
+    runs:pd.DataFrame, # One row per run: `policy`, `seed` and the columns `x` and `score`
+    x:str='n_images', # Column along the axis, which is logarithmic
+    score:str='accuracy', # Column to show
+    ax:Axes=None, # Axes to draw into; made if not given
+) -> Axes: # The axes drawn into
+    "Mean and standard deviation over seeds along `x`, a line for each policy"
+    if ax is None: _,ax = plt.subplots(figsize=(6, 3.5), layout='constrained')
+    for i,(policy,group) in enumerate(runs.groupby('policy', sort=False)):
+        spread = group.groupby(x)[score].agg(['mean', 'std'])
+        ax.errorbar(spread.index*1.04**i, spread['mean'], spread['std'].fillna(0), fmt='o-', ms=4, capsize=3, label=policy)
+    ax.set_xscale('log', base=2)
+    ticks = sorted(runs[x].unique())
+    ax.set(xticks=ticks, xticklabels=ticks, xlabel=x, ylabel=f'{score}, mean ± sd')
+    ax.grid(axis='y', alpha=0.3)
+    ax.legend()
+    return ax
+
 # %% ../nbs/05_plots.ipynb #712143ca
 def _label_layers(ax:Axes, names:list[str], most:int=24):
     "Names of layers along the x axis, at most `most` of them"
     step = max(-(-len(names)//most), 1)
     ax.set_xticks(range(0, len(names), step), names[::step], rotation=90)
 
-# %% ../nbs/05_plots.ipynb #7f9552dc
+# %% ../nbs/05_plots.ipynb #2a9c1de6
 def plot_bn_drift(
     drift:pd.DataFrame, # From `bn_drift`, `bn_shift` or `recalibrate_bn`; several below one another have a column `epoch`
     value:str='kl', # Column to show: `'mean_shift'`, `'log_var_ratio'` or `'kl'`; any other raises `ValueError`
@@ -52,11 +71,13 @@ def plot_bn_drift(
     names = list(dict.fromkeys(drift['layer']))
     table = drift.assign(epoch=drift.get('epoch', 1)).pivot(index='layer', columns='epoch', values=value).loc[names]
     scale = ScalarMappable(Normalize(table.columns.min(), table.columns.max()), 'viridis')
-    for epoch in table: ax.plot(range(len(names)), table[epoch], 'o-', ms=3, color=scale.to_rgba(epoch), label=f'epoch {epoch}')
+    for epoch in table: ax.plot(range(len(names)), table[epoch], 'o-', ms=3, color=scale.to_rgba(epoch))
     if len(table.columns) > 1: ax.figure.colorbar(scale, ax=ax, label='epoch', ticks=MaxNLocator(integer=True))
-    positive = table.to_numpy()[table.to_numpy() > 0]
+    positive = table.to_numpy()
+    positive = positive[positive > 0]
     if positive.size: ax.set_yscale('symlog', linthresh=10**np.floor(np.log10(positive.min())))
     _label_layers(ax, names)
-    ax.set(ylabel=value, ylim=(0, None))
+    ax.set_ylabel(value)
+    ax.set_ylim(bottom=0, auto=True) # further lines may rise above
     ax.grid(axis='y', alpha=0.3)
     return ax

@@ -8,18 +8,20 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['snapshot', 'symmetric_kl', 'bn_drift', 'moved', 'bn_shift', 'recalibrate_bn']
 
-# %% ../nbs/02_stats.ipynb #c396d72b
+# %% ../nbs/02_stats.ipynb #0fa8190e
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import pandas as pd, torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .core import affine_params, check_glob, keeps_stats, norm_layers, stats_buffers
+from .core import affine_params, check_glob, keeps_stats, named_modules, norm_layers, stats_buffers
 from .moments import Moments
 from .observe import ByBatch, Observer, OneByOne, observe
+from .ranks import gathered
 
 # %% ../nbs/02_stats.ipynb #a8de43c0
 _HALVES = {'stats': ('running_mean', 'running_var'), 'affine': ('weight', 'bias')}
@@ -44,12 +46,12 @@ def symmetric_kl(
     "KL(p‖q) + KL(q‖p) of the Gaussians with the old and the new moments, channel by channel"
     return 0.5 * ((var-var0)**2 / (var*var0) + (mean-mean0)**2 * (1/var + 1/var0))
 
-# %% ../nbs/02_stats.ipynb #21dd66f5
+# %% ../nbs/02_stats.ipynb #86967e59
 _DISTANCES = ['mean_shift', 'log_var_ratio', 'kl']
 
 def _distances(new:Mapping[str, Tensor], old:Mapping[str, Tensor], eps:float) -> tuple[float, ...]:
     "`_DISTANCES` between two sets of running statistics of a layer, averaged over its channels"
-    (mean,var),(mean0,var0) = ((s['running_mean'], s['running_var'].clamp_min(eps)) for s in (new, old))
+    (mean,var),(mean0,var0) = ((s['running_mean'], s['running_var'].clamp_min(max(eps, 1e-30))) for s in (new, old))
     per_channel = (mean-mean0).abs()/var0.sqrt(),(var/var0).log().abs(),symmetric_kl(mean, var, mean0, var0)
     return tuple(d.mean().item() for d in per_channel)
 
@@ -60,13 +62,12 @@ def _comparable(new:Mapping[str, Tensor], old:Mapping[str, Tensor], half:str) ->
 
 def _compare(layers:Mapping[str, nn.Module], new:Mapping, old:Mapping) -> pd.DataFrame:
     "The distances between two snapshots, one row per layer; NaN where they cannot be told"
-    nothing = (float('nan'),)*len(_DISTANCES)
     def distances(name, layer):
         now,then = new.get(name, {}),old.get(name, {})
-        return _distances(now, then, getattr(layer, 'eps', 0.)) if _comparable(now, then, 'stats') else nothing
+        return _distances(now, then, getattr(layer, 'eps', 0.)) if _comparable(now, then, 'stats') else (float('nan'),)*len(_DISTANCES)
     return pd.DataFrame([(n, *distances(n, l)) for n,l in layers.items()], columns=['layer', *_DISTANCES])
 
-# %% ../nbs/02_stats.ipynb #1873bf4c
+# %% ../nbs/02_stats.ipynb #68c19ace
 def bn_drift(
     model:nn.Module, # The model as it is now
     since:Mapping[str, Mapping[str, Tensor]], # An earlier `snapshot` of it; one that shares no layer with it raises `ValueError`
@@ -74,11 +75,11 @@ def bn_drift(
     "How far the running statistics of each layer are from those in a snapshot; exactly 0 where nothing has moved"
     layers,now = norm_layers(model),snapshot(model)
     if not isinstance(since, Mapping) or (layers and not layers.keys() & since.keys()):
-        raise ValueError(f"`since` has none of the model's norm layers ({', '.join(list(layers)[:3])}, …): "
+        raise ValueError(f"`since` has none of the model's norm layers ({', '.join(list(layers)[:6])}): "
                          "give a snapshot of this model, taken by `learn.bn_snapshot()` or `snapshot(model)`.")
     return _compare({n: l for n,l in layers.items() if 'running_mean' in now[n]}, now, since)
 
-# %% ../nbs/02_stats.ipynb #e5a6e88b
+# %% ../nbs/02_stats.ipynb #edd36fff
 def moved(
     model:nn.Module, # The model as it is now
     since:Mapping[str, Mapping[str, Tensor]], # An earlier `snapshot` of it
@@ -90,9 +91,9 @@ def moved(
         new,old = now[name],since.get(name, {})
         if not _comparable(new, old, 'affine'): return float('nan')
         return torch.cat([new[k]-old[k] for k in _HALVES['affine'] if k in new]).square().mean().sqrt().item()
-    return pd.DataFrame([(n, kl.get(n, float('nan')), affine_moved(n)) for n in layers], columns=['layer', 'stats_moved', 'affine_moved'])
+    return pd.DataFrame([(n, kl[n], affine_moved(n)) for n in layers], columns=['layer', 'stats_moved', 'affine_moved'])
 
-# %% ../nbs/02_stats.ipynb #3fe7929b
+# %% ../nbs/02_stats.ipynb #da89df3a
 def _chosen(model:nn.Module, layers:str) -> dict[str, nn.Module]:
     "The layers with running statistics that the glob `layers` picks"
     norms = norm_layers(model)
@@ -102,29 +103,31 @@ def _chosen(model:nn.Module, layers:str) -> dict[str, nn.Module]:
     if not chosen: raise ValueError(f"No norm layer that {layers!r} picks keeps running statistics, so there is nothing to measure. "
                                     "Only batch norm and instance norm with `track_running_stats=True` do; "
                                     f"the model's norm layers: {known}.")
+    odd = [n for n,l in chosen.items() if not {'running_mean', 'running_var'} <= stats_buffers(l).keys()]
+    if odd: raise ValueError(f"{odd} do not keep their running statistics in plain buffers: leave them out by the glob `layers`.")
     lazy = [n for n,l in chosen.items() if is_lazy(l.running_mean)]
     if lazy: raise ValueError(f"{lazy} are lazy layers without shapes yet: run a batch through the model first.")
     return chosen
 
-# %% ../nbs/02_stats.ipynb #84e31bf9
+# %% ../nbs/02_stats.ipynb #93590b5a
+def _stored(model:nn.Module) -> dict[str, dict[str, Tensor]]:
+    "A snapshot; in a distributed run, where each rank may have other statistics, that of rank 0"
+    return gathered(snapshot(model), model)[0]
+
 def _measure(model:nn.Module, batches:Iterable, chosen:Mapping[str, nn.Module], observer:type[Observer], n_batches:int|None,
              n_inp:int|None, progress:bool) -> tuple[dict[str, Moments], int]:
     "The moments that `batches` give each chosen layer that they reach, by name, and the number of batches"
-    if n_batches is not None and (not isinstance(n_batches, int) or n_batches < 1):
-        raise ValueError(f"`n_batches` is {n_batches!r}: give a whole number from 1 up, or None for all batches.")
-    if observer is OneByOne and isinstance(batches, Iterator):
-        raise ValueError("method='sequential' goes through the batches once for each layer, but these can be gone through once only: "
-                         "give a list or a DataLoader.")
     by_buffer = {l.running_mean: n for n,l in reversed(chosen.items())}
     found,count = observe(model, batches, observer(by_buffer), n_batches, n_inp, progress)
     if not count: raise ValueError("There are no batches: the loader yields nothing. Look at its dataset, its batch size and `drop_last`.")
     found = {n: found[by_buffer[l.running_mean]] for n,l in chosen.items() if by_buffer[l.running_mean] in found}
-    if not found: raise ValueError(f"No batch reaches any of {list(chosen)}: the model does not call these layers in evaluation mode.")
+    if not found: raise ValueError(f"No batch brings a value to any of {list(chosen)}. Either all batches are empty, or in evaluation "
+                                   "the model does not call these layers, or they do not normalise by `torch.nn.functional`.")
     single = [n for n,m in found.items() if not m.dof]
     if single: raise ValueError(f"All the data has only one value per channel for {single}, so the variance is undefined: give more data.")
     return found,count
 
-# %% ../nbs/02_stats.ipynb #f4b948e7
+# %% ../nbs/02_stats.ipynb #4dfbce97
 def bn_shift(
     model:nn.Module, # Any model
     batches:Iterable, # Tensors, or tuples with the model's inputs first; of training size
@@ -135,28 +138,39 @@ def bn_shift(
     "How far the statistics of `batches` are from those stored, layer by layer; errors as for `recalibrate_bn`"
     chosen = _chosen(model, '*')
     found,_ = _measure(model, batches, chosen, ByBatch, n_batches, n_inp, progress)
-    return _compare(chosen, {n: dict(running_mean=m.mean, running_var=m.var) for n,m in found.items()}, snapshot(model))
+    data = {n: dict(running_mean=m.mean, running_var=m.var) for n,m in found.items()}
+    return _compare(chosen, data, _stored(model))
 
-# %% ../nbs/02_stats.ipynb #d223e796
+# %% ../nbs/02_stats.ipynb #dde1d39a
 _METHODS = {'batch': ByBatch, 'sequential': OneByOne}
 
 def _observer(method:str, preserve:bool) -> type[Observer]:
-    if method not in _METHODS: raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(map(repr, _METHODS))}.")
+    if method not in list(_METHODS): raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(map(repr, _METHODS))}.")
     return Observer if preserve and method == 'sequential' else _METHODS[method] # the inputs of all layers will stay as they are
 
-# %% ../nbs/02_stats.ipynb #a618e574
-def _check_affine(chosen:Mapping[str, nn.Module]):
-    lacking = [n for n,l in chosen.items() if not all(isinstance(getattr(l, k, None), nn.Parameter) for k in _HALVES['affine'])]
+# %% ../nbs/02_stats.ipynb #ca0a2818
+def _check_writable(model:nn.Module, chosen:Mapping[str, nn.Module], preserve:bool):
+    "Raise `ValueError` where weight and bias are missing, or a tensor to be written belongs to another layer too"
+    has_affine = lambda l: all(isinstance(getattr(l, k, None), nn.Parameter) for k in _HALVES['affine'])
+    lacking = [n for n,l in chosen.items() if preserve and not has_affine(l)]
     if lacking: raise ValueError(f"preserve=True rescales weight and bias, which {lacking} does not have as plain parameters: "
                                  "leave these layers out by the glob `layers`, or preserve nothing.")
+    written = {t for l in chosen.values() for t in (*(affine_params(l) if preserve else []), *stats_buffers(l).values())}
+    tensors = lambda n,m: (*m.parameters(recurse=False), *(() if n in chosen else m.buffers(recurse=False)))
+    owners = [(n, t) for n,m in named_modules(model).items() for t in tensors(n, m) if t in written]
+    times = Counter(t for _,t in owners)
+    shared = sorted({n for n,t in owners if n not in chosen or times[t] > 1})
+    if shared: raise ValueError(f"{shared} share tensors that would be written on behalf of one of them: choose all or none of these "
+                                "layers by the glob `layers`; with preserve=True, layers cannot share weight or bias.")
 
 def _new_values(layer:nn.Module, m:Moments, count:int, old:Mapping[str, Tensor]|None) -> dict[str, Tensor]:
     "The tensors of `layer` for the statistics of `m`; given the `old` ones, also weight and bias that make up for the change"
     values = dict(running_mean=m.mean, running_var=m.var, num_batches_tracked=torch.tensor(count))
-    values = {k: values[k] for k in stats_buffers(layer)}
+    values = {k: values[k].to(b.dtype) for k,b in stats_buffers(layer).items()}
     if old is None: return values
-    sigma,new_sigma = (old['running_var']+layer.eps).sqrt(),(m.var+layer.eps).sqrt()
-    return {**values, 'weight': old['weight']*new_sigma/sigma, 'bias': old['bias'] + old['weight']*(m.mean-old['running_mean'])/sigma}
+    mean,var = values['running_mean'].double(),values['running_var'].double() # as they will be stored
+    sigma,new_sigma = (old['running_var']+layer.eps).sqrt(),(var+layer.eps).sqrt()
+    return {**values, 'weight': old['weight']*new_sigma/sigma, 'bias': old['bias'] + old['weight']*(mean-old['running_mean'])/sigma}
 
 def _write(values:Mapping[str, tuple[Tensor, Tensor]]):
     "Set each tensor to its new value, given by name: all of them, or on an exception none"
@@ -171,10 +185,10 @@ def _write(values:Mapping[str, tuple[Tensor, Tensor]]):
             for t,v in old.items(): t.copy_(v)
             raise
 
-# %% ../nbs/02_stats.ipynb #7670ea79
+# %% ../nbs/02_stats.ipynb #444b8294
 def recalibrate_bn(
     model:nn.Module, # Any model
-    batches:Iterable, # Tensors, or tuples with the model's inputs first
+    batches:Iterable, # Tensors, or tuples with the model's inputs first; of training size; for `'sequential'` to be gone through again
     layers:str='*', # Glob over the dotted names of norm layers; the others stay as they are
     method:str='batch', # `'batch'` or `'sequential'`, see above
     preserve:bool=False, # Rescale weight and bias too, so that the network computes what it computed before?
@@ -182,9 +196,10 @@ def recalibrate_bn(
     n_inp:int|None=None, # How many elements of a tuple the model takes; all but the last if not given
     progress:bool=True, # Show a progress bar?
 ) -> pd.DataFrame: # The drift: `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
-    "Set running statistics to those of `batches`; on any exception, which `ValueError` is for bad input, nothing has changed"
-    observer,chosen,before = _observer(method, preserve),_chosen(model, layers),snapshot(model)
-    if preserve: _check_affine(chosen)
+    "Set running statistics to those of `batches`; bad input raises `ValueError`, and on any exception nothing has changed"
+    observer,chosen = _observer(method, preserve),_chosen(model, layers)
+    _check_writable(model, chosen, preserve)
+    before = _stored(model)
     found,count = _measure(model, batches, chosen, observer, n_batches, n_inp, progress)
     values = {n: _new_values(chosen[n], m, count, before[n] if preserve else None) for n,m in found.items()}
     _write({f'{n}.{k}': (getattr(chosen[n], k), v) for n in values for k,v in values[n].items()})

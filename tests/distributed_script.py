@@ -91,13 +91,14 @@ def check_recalibration(method, preserve, sync_bn):
     model = body_and_head()
     if sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    wrapped = model if sync_bn else DistributedDataParallel(model)
-    y = model.eval()(share(0)[0])
-    recalibrate_bn(wrapped, share(dist.get_rank()), method=method, preserve=preserve, progress=False)
+    model[0][1].running_mean += dist.get_rank()  # as after training: each rank has its own
+    wrapped = model if sync_bn else DistributedDataParallel(model, broadcast_buffers=False)
+    y = rank0([model.eval()(share(0)[0])])[0]
+    drift = recalibrate_bn(wrapped, share(dist.get_rank()), method=method, preserve=preserve, progress=False)
     x = first_layer_inputs(model)
     torch.testing.assert_close(model[0][1].running_mean.double(), x.mean(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model[0][1].running_var.double(), x.var(1), rtol=1e-5, atol=0)
-    state = list(model.state_dict().values())
+    state = [*model.state_dict().values(), torch.tensor(drift.kl.to_numpy())]
     assert same(rank0(state), state), 'ranks differ'
     assert int(model[0][1].num_batches_tracked) == 4
     if preserve:
@@ -124,13 +125,17 @@ def check_statistics():
     rank = dist.get_rank()
     check_failing_rank([x * float('nan') if rank else x for x in share(rank)], ['rank 1: ValueError: Batch 1', 'Batch 1'])
     check_failing_rank([], ['yields nothing'] * 2)
-    model = body_and_head()
-    shift = bn_shift(model, share(0) if rank else [], progress=False)  # a rank without data has its say too
-    assert shift.kl.notna().all() and shift.equals(bn_shift(model, share(0)[rank * 2 :][: 2 - rank], progress=False))
+    model, batches = body_and_head(), share(0)
+    model[0][1].running_mean += rank
+    by_one = bn_shift(model, [] if rank else batches, progress=False)  # a rank without data has its say too
+    by_both = bn_shift(model, batches[2:] if rank else batches[:2], progress=False)
+    assert by_one.kl.notna().all() and by_one.equals(by_both)
+    kl = [torch.tensor(by_one.kl.to_numpy())]
+    assert same(rank0(kl), kl), 'ranks differ'
     learn = make_learner()
     learn.recalibrate_bn()
     state = list(learn.model.buffers())
-    assert same(rank0(state), state) and int(state[2]) == 6
+    assert same(rank0(state), state) and int(learn.model[0][1].num_batches_tracked) == 6
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
+from fastai.torch_core import TensorImage, TensorMask, trainable_params
 import fastai.callback.schedule
 from torch import nn
 
@@ -84,7 +85,7 @@ def test_loaders_of_any_sort():
 @pytest.mark.parametrize(
     'kwargs,said',
     [
-        (dict(ds_idx=2), 'choose from 0 to 1'),
+        (dict(ds_idx=2), 'choose from -2 to 1'),
         (dict(ds_idx='train'), "'train'"),
         (dict(layers='7*'), "'7\\*'"),
         (dict(method='precise'), "'precise'"),
@@ -98,6 +99,56 @@ def test_bad_input_changes_nothing(kwargs, said):
     with pytest.raises(ValueError, match=said):
         learn.recalibrate_bn(**kwargs)
     assert as_before(before, learn)
+
+
+def test_any_integer():
+    learn = trained()
+    learn.recalibrate_bn(ds_idx=np.int64(-1), n_batches=np.int64(1))
+    assert int(learn.model[0][1].num_batches_tracked) == 1
+
+
+def test_inputs_are_plain_tensors_as_in_a_fit():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, a, b):
+            assert type(a) is type(b) is torch.Tensor
+            return self.bn(a) + b
+
+    items = [(TensorImage(image(i, 8)), TensorMask(image(i, 8)), label(i)) for i in range(8)]
+    learn = Learner(DataLoaders.from_dsets(items, items, bs=4, num_workers=0), Plain(), loss_func=CrossEntropyLossFlat())
+    assert type(learn.dls.one_batch()[1]) is TensorMask
+    for dl in (None, iter(list(learn.dls.train))):
+        learn.recalibrate_bn(dl=dl)
+    assert int(learn.model.bn.num_batches_tracked) == 2
+
+
+def test_the_learner_knows_how_many_inputs_there_are():
+    learn = trained()
+    learn.dls.n_inp = 1
+    learn.recalibrate_bn(dl=[(torch.randn(4, 3, 8, 8), torch.zeros(4), torch.zeros(4))])
+    assert int(learn.model[0][1].num_batches_tracked) == 1
+
+
+def test_generators_of_samplers_are_given_back():
+    learn, data = trained(), [(x, 0) for x in torch.randn(12, 3, 8, 8)]
+    for batches in (False, True):
+        g = torch.Generator().manual_seed(0)
+        sampler = torch.utils.data.RandomSampler(data, generator=g)
+        how = dict(batch_sampler=torch.utils.data.BatchSampler(sampler, 4, False)) if batches else dict(batch_size=4, sampler=sampler)
+        before = g.get_state()
+        learn.bn_shift(dl=torch.utils.data.DataLoader(data, **how))
+        assert torch.equal(g.get_state(), before)
+
+
+def test_models_and_learners_without_parameters_or_loaders():
+    learn = Learner(None, nn.BatchNorm2d(3, affine=False), loss_func=CrossEntropyLossFlat())
+    learn.recalibrate_bn(dl=[torch.randn(4, 3, 2, 2)])
+    assert int(learn.model.num_batches_tracked) == 1
+    with pytest.raises(ValueError, match='0 datasets'):
+        learn.recalibrate_bn()
 
 
 def test_a_training_loader_that_drops_its_only_batch():
@@ -132,15 +183,21 @@ def test_frozen_statistics_stay_as_re_estimated(opt):
 
 def test_preserve_under_lookahead():
     "Its slow weights would pull weight and bias back half way"
-    learn = trained(opt_func=OPTIMIZERS['ranger'], lr=0.0, wd=0.0)
-    learn.fit(2, lr=0.0)
+    model = body_and_head()
+    model[0].append(nn.GroupNorm(2, 4))
+    learn = make_learner(model, opt_func=OPTIMIZERS['ranger'], wd=0.0).freeze_to_bn(0, bn_above='affine-only')
+    learn.fit(2, lr=0.1)
+    slow = {p: s for group, slows in zip(learn.opt.param_lists, learn.opt.slow_weights) for p, s in zip(group, slows)}
+    group_norm = [slow[p].add_(1).clone() for p in model[0][-1].parameters()]
+    with torch.no_grad():
+        for l in bn_layers(model):
+            slow[l.weight].copy_(l.weight)
     x = torch.randn(4, 3, 8, 8)
-    y = learn.model.eval()(x)
-    learn.freeze_to_bn(0, bn_above='affine-only')
+    y = model.eval()(x)
     learn.recalibrate_bn(preserve=True)
-    torch.testing.assert_close(learn.model.eval()(x), y, rtol=1e-4, atol=1e-4)
-    learn.fit(4, lr=0.0, reset_opt=False)
-    torch.testing.assert_close(learn.model.eval()(x), y, rtol=1e-4, atol=1e-4)
+    assert same(group_norm, [slow[p] for p in model[0][-1].parameters()])
+    assert all(torch.equal(slow[p], p) for l in bn_layers(model) for p in affine_params(l))
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
 
 
 def test_drift_since_the_policy_was_set_or_a_snapshot():
@@ -158,11 +215,6 @@ def test_drift_since_the_policy_was_set_or_a_snapshot():
     assert learn.bn_drift(learn.bn_snapshot()).kl.sum() == 0
 
 
-def test_data_on_the_meta_device_is_refused_by_the_plain_function():
-    with pytest.raises(ValueError, match='meta'):
-        recalibrate_bn(make_learner().model, [torch.randn(2, 3, 8, 8, device='meta')])
-
-
 class Shifting(Callback):
     "Brighter images in every epoch"
 
@@ -175,6 +227,7 @@ def test_drift_is_recorded_in_each_epoch_of_all_fits():
     learn = trained(cbs=[Shifting()])
     learn.add_cb(record)
     learn.validate()
+    assert not record.start, 'the start is the first fit'
     learn.freeze_to_bn(-1, bn={'0.1': 'frozen', '*': 'stats-only'})
     start = learn.bn_snapshot()
     learn.fine_tune(2, freeze_epochs=1)
@@ -194,6 +247,77 @@ def test_drift_of_one_fit():
     learn.fit(2, cbs=record)
     assert not any(cb is record for cb in learn.cbs) and len(record.epochs) == 2
     assert len(record.plot_bn_drift().lines) == 2
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, OSError])
+def test_a_failing_lr_find_or_fit_does_not_stop_the_record(error):
+    class Fails(Callback):
+        on = True
+
+        def after_batch(self):
+            if self.on and self.training:
+                self.on = False
+                raise error('disk')
+
+    learn = make_learner(cbs=[BatchNormDrift()])
+    learn.add_cb(Fails())
+    with pytest.raises(error):
+        learn.lr_find(num_it=12, show_plot=False)
+    start = learn.bn_snapshot()
+    learn.fit(2)
+    record = learn.batch_norm_drift
+    assert record.df.epoch.max() == 2 and (record.df.query('epoch == 2').kl.to_numpy() == learn.bn_drift(start).kl.to_numpy()).all()
+
+
+class ValidatesWithin(Callback):
+    def after_batch(self):
+        if self.training and self.iter == 1:
+            self.learn.validate()
+
+
+def test_a_validation_within_does_not_end_or_start_a_record():
+    learn = trained(cbs=[BatchNormDrift()])
+    learn.add_cb(ValidatesWithin())
+    learn.lr_find(num_it=12, show_plot=False, suggest_funcs=None)
+    assert len(learn.batch_norm_drift.epochs) == 1
+    learn.fit(1)
+    assert len(learn.batch_norm_drift.epochs) == 2
+
+
+def test_another_model_begins_another_record_and_one_added_in_a_fit_waits():
+    learn = trained(cbs=[BatchNormDrift()])
+    learn.model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    learn.splitter = trainable_params
+    learn.create_opt()
+    learn.fit(1)
+    assert learn.batch_norm_drift.df.layer.tolist() == ['1']
+
+    class Adds(Callback):
+        def before_epoch(self):
+            self.learn.add_cb(BatchNormDrift())
+
+    learn = trained()
+    learn.fit(1, cbs=Adds())
+    assert not learn.batch_norm_drift.epochs
+    learn.fit(1)
+    assert len(learn.batch_norm_drift.epochs) == 1
+
+
+def test_several_records():
+    learn = trained(cbs=[BatchNormDrift()])
+    learn.fit(1)
+    learn.add_cb(late := BatchNormDrift())
+    assert len(learn.plot_bn_drift().lines) == 2
+    learn.fit(1)
+    assert len(learn.plot_bn_drift().lines) == len(late.epochs) == 1
+
+
+def test_names_of_many_layers_are_thinned():
+    drift = pd.DataFrame(dict(layer=[f'l{i}' for i in range(100)], kl=range(100)))
+    ax = plot_bn_drift(drift)
+    assert len(ax.get_xticks()) <= 25 and ax.get_yscale() == 'symlog' and ax.get_ylim()[1] > 99
+    plot_bn_drift(drift.assign(kl=drift.kl * 100), ax=ax)
+    assert ax.get_ylim()[1] > 9900
 
 
 def test_plot_of_the_learner():

@@ -5,7 +5,7 @@ from functools import reduce
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from bnfreeze_fastai.moments import batch_moments, instance_moments, pool
+from bnfreeze_fastai.moments import _rows_by_kernel, _rows_by_shift, batch_moments, instance_moments, pool
 
 
 def values(batches):
@@ -70,3 +70,10 @@ def test_channels_last_is_the_same():
     a, b = batch_moments(x), batch_moments(x.contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(a.var, b.var)
     torch.testing.assert_close(a.mean, b.mean)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32])
+def test_what_other_devices_use_is_the_same(dtype):
+    x = (torch.randn(6, 3, 50) * 4 + 7).to(dtype)
+    for a, b in zip(_rows_by_kernel(x), _rows_by_shift(x)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

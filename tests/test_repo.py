@@ -13,7 +13,9 @@ NOTEBOOKS = sorted((ROOT / 'nbs').rglob('*.ipynb'))
 FLOORS = [
     'core',
     'restore',
+    'ranks',
     'moments',
+    'batches',
     'observe',
     'policy',
     'stats',

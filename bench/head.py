@@ -1,0 +1,129 @@
+"What head training costs under `freeze_to_bn(-1)`, against fastai's `freeze()` and the bare forward pass of the frozen body"
+
+import sys
+from statistics import median
+
+import pandas as pd, torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.vision.learner import create_vision_model, model_meta
+from fastcore.basics import noop
+from fastprogress.fastprogress import progress_bar
+from torchvision import models
+
+from bench.measure import BATCH, N_BATCHES, SIZE, added_memory, in_own_process, seconds
+from bnfreeze_fastai.callback import active_callback
+from bnfreeze_fastai.core import bn_layers
+from bnfreeze_fastai.demo import TrainOnly
+from bnfreeze_fastai.fixed import fingerprint
+import bnfreeze_fastai.learner
+
+ROUNDS = 3
+
+
+def make_learner(arch):
+    torch.manual_seed(0)
+    x = torch.randn(N_BATCHES * BATCH, 3, SIZE, SIZE)
+    dls = DataLoaders.from_dsets([(im, i % 10) for i, im in enumerate(x)], [(x[0], 0)], bs=BATCH, num_workers=0, device='cpu')
+    model = create_vision_model(getattr(models, arch), 10, pretrained=False)
+    learn = Learner(
+        dls, model, loss_func=CrossEntropyLossFlat(), splitter=model_meta[getattr(models, arch)]['split'], lr=1e-4, cbs=TrainOnly()
+    )
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+
+def fastai_freeze(learn):
+    learn.freeze()
+    learn.fit(1)
+
+
+def freeze_to_bn(learn):
+    learn.freeze_to_bn(-1)
+    learn.fit(1)
+    learn.remove_cb(active_callback(learn))
+
+
+@torch.no_grad()
+def forward_pass(learn):
+    learn.model.eval()
+    for x, _ in learn.dls.train:
+        learn.model[0](x)
+
+
+VARIANTS = {f.__name__: f for f in (fastai_freeze, freeze_to_bn, forward_pass)}
+
+
+def time_variants(arch):
+    "Median over rounds of each variant's epoch, and of its ratio to the others in the same round"
+    learn = make_learner(arch)
+    for f in VARIANTS.values():
+        f(learn)  # warm up, and statistics to hold
+    rounds = pd.DataFrame([{name: seconds(f, learn) for name, f in VARIANTS.items()} for _ in progress_bar(range(ROUNDS))])
+    return {
+        'epoch, s': rounds['freeze_to_bn'].median(),
+        '÷ fastai freeze()': (rounds['freeze_to_bn'] / rounds['fastai_freeze']).median(),
+        '÷ forward pass': (rounds['freeze_to_bn'] / rounds['forward_pass']).median(),
+    }
+
+
+def compare_memory(arch):
+    "Each variant in a process of its own"
+    added = {name: in_own_process('bench.head', arch, name) for name in VARIANTS}
+    return {**{f'{name}, MiB': mib for name, mib in added.items()}, '÷ fastai freeze()': added['freeze_to_bn'] / added['fastai_freeze']}
+
+
+class StepCost(Callback):
+    "Times the events of `BatchNormFreeze` in a training step, its hooks on every held layer, and the step itself"
+
+    order = 1000
+
+    def __init__(self):
+        self.own = []
+
+    def after_batch(self):
+        cb, repeats = active_callback(self.learn), 20
+        layers = bn_layers(self.learn.model[0])
+        hooks = [next(iter(l._forward_pre_hooks.values())) for l in layers]
+
+        def step():
+            for _ in range(repeats):
+                cb.before_batch()
+                for l in layers:
+                    l.training = True  # as after a stray `.train()`: the hooks have work to do
+                for hook, l in zip(hooks, layers):
+                    hook(l, ()), hook(l, (), None)
+                cb.before_step()
+
+        self.own.append(seconds(step) / repeats)
+
+
+def callback_cost(arch):
+    "The callback's own time per training step and per epoch"
+    learn, cost = make_learner(arch), StepCost()
+    learn.fit(1)
+    learn.freeze_to_bn(-1)
+    learn.fit(1, cbs=cost)
+    step = min(seconds(learn.fit, 1) for _ in range(3)) / N_BATCHES
+    frozen = learn.model[0].state_dict().values()
+    return {
+        'per step, ms': 1e3 * median(cost.own),
+        'a step, ms': 1e3 * step,
+        'per step, %': 100 * median(cost.own) / step,
+        'verify per epoch, ms': 1e3 * seconds(lambda: [fingerprint(t) for t in frozen]),
+    }
+
+
+TABLES = {
+    'Head training, time of an epoch': time_variants,
+    'Head training, peak memory added': compare_memory,
+    "The callback's own cost": callback_cost,
+}
+
+if __name__ == '__main__':
+    arch, variant = sys.argv[1:]
+    print(added_memory(VARIANTS[variant], make_learner(arch)))

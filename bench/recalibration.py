@@ -1,0 +1,81 @@
+"What `recalibrate_bn` costs, against a bare forward pass over the same batches, in evaluation, in training mode, and `update_bn` of torch"
+
+import sys
+from functools import partial
+
+import pandas as pd, torch
+from fastprogress.fastprogress import progress_bar
+from torch.optim.swa_utils import update_bn
+from torchvision import models
+
+from bench.measure import BATCH, N_BATCHES, SIZE, added_memory, in_own_process, seconds
+from bnfreeze_fastai.core import bn_layers
+from bnfreeze_fastai.stats import recalibrate_bn
+
+ROUNDS = 7
+
+
+def model_and_batches(arch, n_batches=N_BATCHES // 2):
+    torch.manual_seed(0)
+    return getattr(models, arch)(), [torch.randn(BATCH, 3, SIZE, SIZE) for _ in range(n_batches)]
+
+
+@torch.no_grad()
+def forward_pass(model, batches, training=False):
+    model.train(training)
+    for x in batches:
+        model(x)
+
+
+def torch_update_bn(model, batches):
+    update_bn(batches, model)
+
+
+recalibrate = partial(recalibrate_bn, progress=False)
+VARIANTS = {'recalibrate_bn': recalibrate, 'update_bn': torch_update_bn, 'training-mode pass': partial(forward_pass, training=True)}
+
+
+def time_passes(arch):
+    "Median over rounds of each variant's time, as a ratio to the mean of the forward passes just before and just after it"
+    args = model_and_batches(arch)
+    for f in (forward_pass, *VARIANTS.values()):
+        f(*args)  # warm up
+
+    def ratio(f):
+        before, own, after = (seconds(g, *args) for g in (forward_pass, f, forward_pass))
+        return 2 * own / (before + after)
+
+    rounds = pd.DataFrame([{name: ratio(f) for name, f in VARIANTS.items()} for _ in progress_bar(range(ROUNDS))])
+    return {f'{name} ÷ forward pass': rounds[name].median() for name in VARIANTS}
+
+
+def time_sequential(arch):
+    "`method='sequential'` on two batches, in forward passes"
+    model, batches = model_and_batches(arch, 2)
+    forward_pass(model, batches)
+    sequential = seconds(partial(recalibrate, method='sequential'), model, batches)
+    return {
+        'layers': len(bn_layers(model)),
+        'sequential ÷ forward pass': sequential / min(seconds(forward_pass, model, batches) for _ in range(3)),
+    }
+
+
+def compare_memory(arch):
+    "Each variant in a process of its own"
+    names = ['forward_pass', 'recalibrate_bn', 'update_bn']
+    added = {name: in_own_process('bench.recalibration', arch, name) for name in names}
+    return {
+        **{f'{name}, MiB': mib for name, mib in added.items()},
+        'recalibrate_bn ÷ forward pass': added['recalibrate_bn'] / added['forward_pass'],
+    }
+
+
+TABLES = {
+    'Re-estimating statistics, time': time_passes,
+    'Re-estimating statistics layer by layer, time': time_sequential,
+    'Re-estimating statistics, peak memory added': compare_memory,
+}
+
+if __name__ == '__main__':
+    arch, variant = sys.argv[1:]
+    print(added_memory({'forward_pass': forward_pass, **VARIANTS}[variant], *model_and_batches(arch)))
