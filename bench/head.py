@@ -1,6 +1,7 @@
 "What head training costs under `freeze_to_bn(-1)`, against fastai's `freeze()` and the bare forward pass of the frozen body"
 
 import sys
+from functools import partial
 from statistics import median
 
 import pandas as pd, torch
@@ -14,7 +15,7 @@ from fastcore.basics import noop
 from fastprogress.fastprogress import progress_bar
 from torchvision import models
 
-from bench.measure import BATCH, N_BATCHES, SIZE, added_memory, in_own_process, seconds
+from bench.measure import BATCH, N_BATCHES, SIZE, added_memory, compare_memory, seconds
 from bnfreeze_fastai.callback import active_callback
 from bnfreeze_fastai.core import bn_layers
 from bnfreeze_fastai.demo import TrainOnly
@@ -71,12 +72,6 @@ def time_variants(arch):
     }
 
 
-def compare_memory(arch):
-    "Each variant in a process of its own"
-    added = {name: in_own_process('bench.head', arch, name) for name in VARIANTS}
-    return {**{f'{name}, MiB': mib for name, mib in added.items()}, '÷ fastai freeze()': added['freeze_to_bn'] / added['fastai_freeze']}
-
-
 class StepCost(Callback):
     "Times the events of `BatchNormFreeze` in a training step, its hooks on every held layer, and the step itself"
 
@@ -120,7 +115,7 @@ def callback_cost(arch):
 
 TABLES = {
     'Head training, time of an epoch': time_variants,
-    'Head training, peak memory added': compare_memory,
+    'Head training, peak memory added': partial(compare_memory, 'bench.head', names=VARIANTS, own='freeze_to_bn', other='fastai_freeze'),
     "The callback's own cost": callback_cost,
 }
 

@@ -24,7 +24,13 @@ def added_memory(f, *args):
     return memory('VmHWM') - before
 
 
-def in_own_process(module, *args):
-    "The number that `python -m module args` prints, where memory that is freed goes back to the system at once"
-    env = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}
-    return float(subprocess.run([sys.executable, '-m', module, *args], check=True, capture_output=True, text=True, env=env).stdout)
+def compare_memory(module, arch, names, own, other):
+    "What `python -m module arch name` prints for each of `names`, and that of `own` as a ratio to that of `other`"
+    env = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}  # what is freed goes back to the system at once
+
+    def run(name):
+        cmd = [sys.executable, '-m', module, arch, name]
+        return float(subprocess.run(cmd, check=True, capture_output=True, text=True, env=env).stdout)
+
+    added = {name: run(name) for name in names}
+    return {**{f'{name}, MiB': mib for name, mib in added.items()}, f'{own} ÷ {other}': added[own] / added[other]}

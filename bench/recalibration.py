@@ -8,7 +8,7 @@ from fastprogress.fastprogress import progress_bar
 from torch.optim.swa_utils import update_bn
 from torchvision import models
 
-from bench.measure import BATCH, N_BATCHES, SIZE, added_memory, in_own_process, seconds
+from bench.measure import BATCH, N_BATCHES, SIZE, added_memory, compare_memory, seconds
 from bnfreeze_fastai.core import bn_layers
 from bnfreeze_fastai.stats import recalibrate_bn
 
@@ -60,20 +60,16 @@ def time_sequential(arch):
     }
 
 
-def compare_memory(arch):
-    "Each variant in a process of its own"
-    names = ['forward_pass', 'recalibrate_bn', 'update_bn']
-    added = {name: in_own_process('bench.recalibration', arch, name) for name in names}
-    return {
-        **{f'{name}, MiB': mib for name, mib in added.items()},
-        'recalibrate_bn ÷ forward pass': added['recalibrate_bn'] / added['forward_pass'],
-    }
-
-
 TABLES = {
     'Re-estimating statistics, time': time_passes,
     'Re-estimating statistics layer by layer, time': time_sequential,
-    'Re-estimating statistics, peak memory added': compare_memory,
+    'Re-estimating statistics, peak memory added': partial(
+        compare_memory,
+        'bench.recalibration',
+        names=['forward_pass', 'recalibrate_bn', 'update_bn'],
+        own='recalibrate_bn',
+        other='forward_pass',
+    ),
 }
 
 if __name__ == '__main__':

@@ -8,9 +8,8 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['BatchNormSummary']
 
-# %% ../nbs/06_learner.ipynb #c4ff4dc4
+# %% ../nbs/06_learner.ipynb #79776d31
 from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from functools import partial
 from numbers import Integral
 from operator import index
@@ -25,7 +24,7 @@ from torch.nn.parameter import is_lazy
 
 from . import plots, stats
 from .callback import BatchNormFreeze, active_callback
-from .core import affine_params, bn_mode, keeps_stats, norm_layers, stats_buffers
+from .core import affine_params, bn_mode, norm_layers, stats_buffers
 from .drift import BatchNormDrift
 from .fixed import level_slow_weights
 from .policy import Policy, check_policy, frozen_groups, layer_groups
@@ -146,7 +145,7 @@ def _batches(learn:Learner, ds_idx:int, dl:Iterable|None) -> dict:
     dl = map(partial(_as_in_fit, device=device), dl) if isinstance(dl, Iterator) else _AsInFit(dl, device)
     return dict(batches=dl, n_inp=getattr(learn.dls, 'n_inp', None), progress=hasattr(learn, 'progress'))
 
-# %% ../nbs/06_learner.ipynb #8866b08d
+# %% ../nbs/06_learner.ipynb #b40836d2
 @patch
 def recalibrate_bn(self:Learner,
     ds_idx:int=0, # Dataset of the Learner to take batches from
@@ -156,10 +155,10 @@ def recalibrate_bn(self:Learner,
     method:str='batch', # `'batch'`, or `'sequential'`: exact for the network in evaluation, one pass per layer
     preserve:bool=False, # Rescale weight and bias too, so that the network computes what it computed before?
 ) -> pd.DataFrame: # The drift: `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
-    "Set running statistics to those of the data, exactly, and touch no weight; bad input raises `ValueError` before anything has changed"
+    "Set running statistics to those of the data, exactly; only `preserve` changes weights. Bad input raises `ValueError` first"
     how = dict(layers=layers, method=method, preserve=preserve, n_batches=n_batches)
     drift = stats.recalibrate_bn(self.model, **how, **_batches(self, ds_idx, dl))
-    rescaled = [l for n,l in norm_layers(self.model).items() if preserve and keeps_stats(l) and fnmatchcase(n, layers)]
+    rescaled = stats.layers_with_stats(self.model, layers).values() if preserve else ()
     if self.opt is not None: level_slow_weights(self.opt, {p for l in rescaled for p in affine_params(l)})
     return drift
 

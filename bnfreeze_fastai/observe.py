@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['Observer', 'ByBatch', 'OneByOne', 'observe']
 
-# %% ../nbs/01c_observe.ipynb #37780bf7
+# %% ../nbs/01c_observe.ipynb #1bdcb43e
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -19,13 +19,13 @@ from numbers import Integral
 
 import torch, torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
-from torch import Tensor, distributed as dist, nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .batches import check_device, model_inputs, with_progress
 from .core import is_compiled, named_modules
 from .moments import Moments, batch_moments, instance_moments, pool
-from .ranks import on_all_ranks
+from .ranks import on_all_ranks, this_rank
 from .restore import evaluating, kept_rng
 
 # %% ../nbs/01c_observe.ipynb #3dece1e4
@@ -143,7 +143,7 @@ def _one_pass(model:nn.Module, batches:Iterable, observer:Observer, n_inp:int|No
             found[name] = pool(found[name], m) if name in found else m
     return found,count
 
-# %% ../nbs/01c_observe.ipynb #a9792190
+# %% ../nbs/01c_observe.ipynb #b8cefbde
 def _check_passes(observer:Observer, batches:Iterable, n_batches:int|None):
     "Raise `ValueError` if `batches` cannot be gone through as `observer` wants"
     if n_batches is not None and (not isinstance(n_batches, Integral) or n_batches < 1):
@@ -163,7 +163,7 @@ def observe(
     "Run `model` over `batches`, in as many passes as `observer` wants"
     _check_passes(observer, batches, n_batches)
     root,found,more = named_modules(model)[''],{},True
-    show = progress and not (dist.is_available() and dist.is_initialized() and dist.get_rank())
+    show = progress and this_rank() == 0
     bar = None
     def run(): return *_one_pass(root, with_progress(batches, n_batches, show and bar is None), observer, n_inp),observer.paths
     while more:

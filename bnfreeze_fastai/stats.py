@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['snapshot', 'symmetric_kl', 'bn_drift', 'moved', 'bn_shift', 'recalibrate_bn']
+__all__ = ['snapshot', 'symmetric_kl', 'bn_drift', 'moved', 'layers_with_stats', 'bn_shift', 'recalibrate_bn']
 
 # %% ../nbs/02_stats.ipynb #0fa8190e
 import warnings
@@ -93,8 +93,11 @@ def moved(
         return torch.cat([new[k]-old[k] for k in _HALVES['affine'] if k in new]).square().mean().sqrt().item()
     return pd.DataFrame([(n, kl[n], affine_moved(n)) for n in layers], columns=['layer', 'stats_moved', 'affine_moved'])
 
-# %% ../nbs/02_stats.ipynb #da89df3a
-def _chosen(model:nn.Module, layers:str) -> dict[str, nn.Module]:
+# %% ../nbs/02_stats.ipynb #91ecff45
+def layers_with_stats(
+    model:nn.Module, # Any model
+    layers:str, # Glob over the dotted names of norm layers; one that picks none with running statistics raises `ValueError`
+) -> dict[str, nn.Module]: # Dotted name to layer
     "The layers with running statistics that the glob `layers` picks"
     norms = norm_layers(model)
     check_glob(layers, norms)
@@ -127,7 +130,7 @@ def _measure(model:nn.Module, batches:Iterable, chosen:Mapping[str, nn.Module], 
     if single: raise ValueError(f"All the data has only one value per channel for {single}, so the variance is undefined: give more data.")
     return found,count
 
-# %% ../nbs/02_stats.ipynb #4dfbce97
+# %% ../nbs/02_stats.ipynb #bc33e8db
 def bn_shift(
     model:nn.Module, # Any model
     batches:Iterable, # Tensors, or tuples with the model's inputs first; of training size
@@ -136,7 +139,7 @@ def bn_shift(
     progress:bool=True, # Show a progress bar?
 ) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats); NaN for layers that no batch reaches
     "How far the statistics of `batches` are from those stored, layer by layer; errors as for `recalibrate_bn`"
-    chosen = _chosen(model, '*')
+    chosen = layers_with_stats(model, '*')
     found,_ = _measure(model, batches, chosen, ByBatch, n_batches, n_inp, progress)
     data = {n: dict(running_mean=m.mean, running_var=m.var) for n,m in found.items()}
     return _compare(chosen, data, _stored(model))
@@ -185,7 +188,7 @@ def _write(values:Mapping[str, tuple[Tensor, Tensor]]):
             for t,v in old.items(): t.copy_(v)
             raise
 
-# %% ../nbs/02_stats.ipynb #444b8294
+# %% ../nbs/02_stats.ipynb #30658b8a
 def recalibrate_bn(
     model:nn.Module, # Any model
     batches:Iterable, # Tensors, or tuples with the model's inputs first; of training size; for `'sequential'` to be gone through again
@@ -197,7 +200,7 @@ def recalibrate_bn(
     progress:bool=True, # Show a progress bar?
 ) -> pd.DataFrame: # The drift: `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
     "Set running statistics to those of `batches`; bad input raises `ValueError`, and on any exception nothing has changed"
-    observer,chosen = _observer(method, preserve),_chosen(model, layers)
+    observer,chosen = _observer(method, preserve),layers_with_stats(model, layers)
     _check_writable(model, chosen, preserve)
     before = _stored(model)
     found,count = _measure(model, batches, chosen, observer, n_batches, n_inp, progress)
