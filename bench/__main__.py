@@ -1,4 +1,4 @@
-"""All benchmarks, or those named: `python -m bench [head] [recalibration]`. Run by `make bench`.
+"""All benchmarks, or those named: `python -m bench [head] [recalibration] [precompute] [frozen_part]`. Run by `make bench`.
 
 Variants are timed in turn, round after round, and told as ratios: machines are noisy. Nothing here fails on time."""
 
@@ -6,10 +6,15 @@ import os, platform, sys, warnings
 
 import pandas as pd, torch
 
-from bench import head, recalibration
+from bench import frozen_part, head, precompute, recalibration
 from bench.measure import BATCH, SIZE
 
-PARTS = {'head': (head, ('resnet34', 'resnet50')), 'recalibration': (recalibration, ('resnet18', 'resnet50'))}
+PARTS = {
+    'head': (head, ('resnet34', 'resnet50')),
+    'recalibration': (recalibration, ('resnet18', 'resnet50')),
+    'precompute': (precompute, ('resnet34',)),
+    'frozen_part': (frozen_part, ('resnet34', 'resnet50', 'mobilenet_v3_large', 'efficientnet_b0')),
+}
 
 if __name__ == '__main__':
     warnings.simplefilter('ignore')

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['active_callback', 'BatchNormFreeze']
+__all__ = ['active_callback', 'BatchNormFreeze', 'frozen_in_force', 'modes_in_force']
 
-# %% ../nbs/03_callback.ipynb #fa9e8fa4
+# %% ../nbs/03_callback.ipynb #45ce2a04
 import warnings
 from contextlib import ExitStack
 
@@ -21,8 +21,8 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .core import (MODES, affine_params, forget_copied_holds, held_stats, is_compiled, is_frozen_norm, norm_layers,
-                                  norm_params, set_affine, stats_buffers, warn_fixed_stats)
+from .core import (MODES, affine_params, bn_mode, forget_copied_holds, held_stats, is_compiled, is_frozen_norm,
+                                  norm_layers, norm_params, set_affine, stats_buffers, warn_fixed_stats)
 from .fixed import all_ranks, drop_grads, fingerprint, level_slow_weights, named_tensors
 from .policy import Policy, check_policy, frozen_groups, layer_modes
 from .stats import snapshot
@@ -147,6 +147,21 @@ def frozen(self:BatchNormFreeze) -> list[bool]: # For each parameter group of th
 def modes(self:BatchNormFreeze) -> dict[str, str]: # Name of each norm layer to its mode
     "The mode that the policy gives every norm layer of the Learner's model at the freeze point in force"
     return layer_modes(self.model, self.opt.param_lists, self.frozen(), self.bn_policy)
+
+# %% ../nbs/03_callback.ipynb #128f278b
+def frozen_in_force(
+    learn:Learner, # With an optimizer
+) -> list[bool]: # For each parameter group, whether it is frozen
+    "Which groups are frozen now, with or without a policy"
+    cb = active_callback(learn)
+    return frozen_groups(learn.model, learn.opt.param_lists, learn.opt.frozen_idx) if cb is None else cb.frozen()
+
+def modes_in_force(
+    learn:Learner, # With an optimizer
+) -> dict[str, str]: # Name of each norm layer to its mode
+    "The mode of every norm layer now, with or without a policy"
+    cb = active_callback(learn)
+    return {n: bn_mode(l) for n,l in norm_layers(learn.model).items()} if cb is None else cb.modes()
 
 # %% ../nbs/03_callback.ipynb #764e6604
 @patch

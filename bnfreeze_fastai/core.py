@@ -77,23 +77,24 @@ def stats_buffers(
     "The buffers that make up the running statistics of `layer`"
     return {n: b for n,b in layer.named_buffers(recurse=False) if n in ('running_mean', 'running_var', 'num_batches_tracked')}
 
-# %% ../nbs/00_core.ipynb #05e27121
+# %% ../nbs/00_core.ipynb #f13b1f27
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
-def _walk(module:nn.Module, name:str, seen:set) -> Iterator[tuple[str, nn.Module]]:
+def _walk(module:nn.Module, name:str, seen:set, found:dict):
     if module in seen: return
     seen.add(module)
     children = dict(module.named_children())
     is_wrapper = isinstance(module, _WRAPPERS) or '_orig_mod' in children
-    if not is_wrapper: yield name,module
-    for part,child in children.items(): yield from _walk(child, name if is_wrapper else f'{name}.{part}' if name else part, seen)
+    if not is_wrapper: found[name] = module
+    for part,child in children.items(): _walk(child, name if is_wrapper else f'{name}.{part}' if name else part, seen, found)
 
-# %% ../nbs/00_core.ipynb #4952666b
+# %% ../nbs/00_core.ipynb #37605161
 def named_modules(
     model:nn.Module, # Any module, wrapped or not
 ) -> dict[str, nn.Module]: # Dotted name to module, in order of registration; a shared module under its first name
     "Every module of `model` but wrappers, whose prefixes (`module.`, `_orig_mod.`) the names omit"
-    return dict(_walk(model, '', set()))
+    _walk(model, '', set(), found := {})
+    return found
 
 # %% ../nbs/00_core.ipynb #97b3fb0e
 def is_compiled(

@@ -8,26 +8,28 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['BatchNormSummary']
 
-# %% ../nbs/06_learner.ipynb #79776d31
+# %% ../nbs/06_learner.ipynb #018f725d
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from numbers import Integral
 from operator import index
 
-import pandas as pd
+import pandas as pd, torch
 from fastai.learner import Learner
-from fastai.torch_core import to_device
 from fastcore.basics import patch
 from matplotlib.axes import Axes
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import plots, stats
-from .callback import BatchNormFreeze, active_callback
-from .core import affine_params, bn_mode, norm_layers, stats_buffers
+from . import fold, plots, stats
+from .callback import BatchNormFreeze, active_callback, frozen_in_force, modes_in_force
+from .core import affine_params, norm_layers, stats_buffers
 from .drift import BatchNormDrift
 from .fixed import level_slow_weights
-from .policy import Policy, check_policy, frozen_groups, layer_groups
+from .loaders import as_in_fit
+from .policy import Policy, check_policy, layer_groups
+from .precompute import precomputed
 
 # %% ../nbs/06_learner.ipynb #7800e28c
 def _check_freeze_point(learn:Learner, n:int) -> int:
@@ -93,21 +95,21 @@ def _batches_tracked(layer) -> int|None:
     tracked = stats_buffers(layer).get('num_batches_tracked')
     return None if tracked is None else int(tracked)
 
-# %% ../nbs/06_learner.ipynb #645abcf6
+# %% ../nbs/06_learner.ipynb #87a685bc
 def _title(learn:Learner, cb:BatchNormFreeze|None) -> str:
     "The policy, and how many parameter groups are frozen"
-    opt,policy = learn.opt,'no BatchNormFreeze: modes as the tensors show them'
+    policy = 'no BatchNormFreeze: modes as the tensors show them'
     if cb is not None: policy = ', '.join(f'{side}={mode!r}' for side,mode in cb.bn_policy._asdict().items())
-    frozen = frozen_groups(learn.model, opt.param_lists, opt.frozen_idx) if cb is None else cb.frozen()
+    frozen = frozen_in_force(learn)
     return f'{policy}; {sum(frozen)} of {len(frozen)} parameter groups frozen'
 
-# %% ../nbs/06_learner.ipynb #faf7db4a
+# %% ../nbs/06_learner.ipynb #7c2ab8f9
 @patch
 def bn_summary(self:Learner) -> BatchNormSummary: # Columns of `.df`: see the table below
     "Every norm layer with its parameter group, mode and tensors, and how far it has moved; makes the optimizer if there is none"
     if self.opt is None: self.create_opt()
     cb,layers,groups = active_callback(self),norm_layers(self.model),layer_groups(self.model, self.opt.param_lists)
-    modes = {n: bn_mode(l) for n,l in layers.items()} if cb is None else cb.modes()
+    modes = modes_in_force(self)
     rows = [dict(layer=n, type=type(l).__name__, group=groups[n], mode=modes[n],
                  affine_trainable=any(p.requires_grad for p in affine_params(l)),
                  momentum=getattr(l, 'momentum', None), batches_tracked=_batches_tracked(l)) for n,l in layers.items()]
@@ -115,23 +117,14 @@ def bn_summary(self:Learner) -> BatchNormSummary: # Columns of `.df`: see the ta
     df = pd.DataFrame(rows, columns=columns).astype({'momentum': 'float', 'batches_tracked': 'Int64'})
     return BatchNormSummary(df.merge(stats.moved(self.model, {} if cb is None else cb.bn_start), on='layer'), _title(self, cb))
 
-# %% ../nbs/06_learner.ipynb #3316ea83
-def _plain(x):
-    "Tensors of fastai's own types as plain ones, as `CastToTensor` gives them to the model"
-    if isinstance(x, (tuple, list)): return tuple(map(_plain, x))
-    return x.as_subclass(Tensor) if isinstance(x, Tensor) else x
-
-def _as_in_fit(b, device):
-    "A batch as a fit gives it to the model"
-    return _plain(to_device(b, device))
-
+# %% ../nbs/06_learner.ipynb #e31d017f
 class _AsInFit:
     "A data loader of such batches"
     def __init__(self, dl, device): self.dl,self.device = dl,device
     def __len__(self): return len(self.dl)
-    def __iter__(self): return (_as_in_fit(b, self.device) for b in self.dl)
+    def __iter__(self): return (as_in_fit(b, self.device) for b in self.dl)
 
-# %% ../nbs/06_learner.ipynb #02097684
+# %% ../nbs/06_learner.ipynb #888f9c43
 def _batches(learn:Learner, ds_idx:int, dl:Iterable|None) -> dict:
     "The batches meant and how to take them, as arguments for `stats`; the model moves to the device of the data, as in a fit"
     n = len(getattr(learn.dls, 'loaders', []))
@@ -142,7 +135,7 @@ def _batches(learn:Learner, ds_idx:int, dl:Iterable|None) -> dict:
         dl = learn.dls[ds_idx]
     if getattr(learn.dls, 'device', None) is not None: learn.model.to(learn.dls.device)
     device = next((t.device for t in (*learn.model.parameters(), *learn.model.buffers())), None)
-    dl = map(partial(_as_in_fit, device=device), dl) if isinstance(dl, Iterator) else _AsInFit(dl, device)
+    dl = map(partial(as_in_fit, device=device), dl) if isinstance(dl, Iterator) else _AsInFit(dl, device)
     return dict(batches=dl, n_inp=getattr(learn.dls, 'n_inp', None), progress=hasattr(learn, 'progress'))
 
 # %% ../nbs/06_learner.ipynb #b40836d2
@@ -200,3 +193,19 @@ def plot_bn_drift(self:Learner,
     "Layers by depth, epochs as colour: where the statistics moved"
     recorded = [cb for cb in self.cbs if isinstance(cb, BatchNormDrift) and cb.epochs]
     return plots.plot_bn_drift(recorded[-1].df if recorded and since is None else self.bn_drift(since), value, ax)
+
+# %% ../nbs/06_learner.ipynb #894defbf
+@patch
+def precompute(self:Learner,
+    n_aug:int=None, # Keep so many randomly augmented versions of each training sample: epoch `e` uses version `e % n_aug`
+    max_mem:int=None, # Bytes of memory for features, half of what is free if not given; what needs more goes into a temporary file
+    dtype:torch.dtype=None, # Keep features in this type, such as `torch.float16`; as they come if not given
+) -> AbstractContextManager[Learner]: # `self`; entering raises `ValueError`, and changes nothing, where it would not be exact
+    "Run the frozen part once, and train on what it gave: `with learn.precompute(): learn.fit_one_cycle(5)`"
+    return precomputed(self, n_aug, max_mem, dtype)
+
+# %% ../nbs/06_learner.ipynb #a5d83f5b
+@patch
+def fold_frozen(self:Learner) -> AbstractContextManager[Learner]: # `self`; entering raises `ValueError` where it would not be exact to 1e-4
+    "Run the frozen part in `channels_last`, with batch norm folded into the convolutions: `with learn.fold_frozen(): learn.fit(5)`"
+    return fold.fold_frozen(self)

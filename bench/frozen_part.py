@@ -1,0 +1,69 @@
+"What makes the forward pass of a frozen body faster: folded batch norm, channels_last, both (`fold_frozen`), `torch.compile`"
+
+from copy import deepcopy
+
+import pandas as pd, timm, torch
+from fastai.vision.learner import create_body
+from fastprogress.fastprogress import progress_bar
+from torch import nn
+from torchvision import models
+
+from bench.measure import BATCH, SIZE, seconds
+from bnfreeze_fastai.fold import folded
+from bnfreeze_fastai.stats import recalibrate_bn
+
+ROUNDS, REPEATS = 7, 4
+
+
+def make_body(arch):
+    torch.manual_seed(0)
+    if hasattr(models, arch):
+        return create_body(getattr(models, arch)(), pretrained=False)
+    return timm.create_model(arch, num_classes=0, global_pool='')
+
+
+def compiled(body, x, freezing):
+    "Compiled and warmed up"
+    torch.compiler.reset()
+    with torch._inductor.config.patch(freezing=freezing):
+        run = torch.compile(body)
+        run(x), run(x)
+    return run
+
+
+def variants(body, x):
+    channels_last = lambda m: deepcopy(m).to(memory_format=torch.channels_last)
+    fast = folded([body], x[:2])
+    as_channels_last = x.to(memory_format=torch.channels_last)
+    return {
+        'folded': (deepcopy(fast).to(memory_format=torch.contiguous_format), x),
+        'channels_last': (channels_last(body), as_channels_last),
+        'fold_frozen': (fast, as_channels_last),
+        'compile': (compiled(body, x, freezing=False), x),
+        'compile, freezing': (compiled(deepcopy(body), x, freezing=True), x),
+    }
+
+
+@torch.no_grad()
+def time_forward_passes(arch):
+    "Median over rounds of each variant's time, as a ratio to the mean of the plain passes just before and just after it"
+    body, x = make_body(arch), torch.randn(BATCH, 3, SIZE, SIZE)
+    recalibrate_bn(body, [x], progress=False)
+    body.eval()
+
+    def run(m, x):
+        for _ in range(REPEATS):
+            m(x)
+
+    def ratio(m, x_own):
+        before, own, after = seconds(run, body, x), seconds(run, m, x_own), seconds(run, body, x)
+        return 2 * own / (before + after)
+
+    own = variants(body, x)
+    plain = body(x)
+    off = (own['fold_frozen'][0](x) - plain).abs().max() / plain.abs().max()
+    rounds = pd.DataFrame([{name: ratio(*v) for name, v in own.items()} for _ in progress_bar(range(ROUNDS))])
+    return {**rounds.median().to_dict(), 'fold_frozen - plain': f'{off.item():.0e}'}
+
+
+TABLES = {'Forward pass of the frozen body in evaluation mode, ÷ plain': time_forward_passes}

@@ -1,0 +1,146 @@
+"What head training costs on stored features, against fastai's `freeze()`, one forward pass over all data, and a bare loop over the same features"
+
+import sys
+from functools import partial
+from statistics import median
+
+import pandas as pd, torch
+from fastai.callback.progress import ProgressCallback
+from fastai.data.core import DataLoaders
+from fastai.layers import Lambda
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import Adam
+from fastai.vision.learner import create_vision_model, model_meta
+from fastcore.basics import noop
+from fastprogress.fastprogress import progress_bar
+from torch import nn
+from torchvision import models
+
+from bench.measure import SIZE, added_memory, compare_memory, seconds
+from bnfreeze_fastai.callback import active_callback
+import bnfreeze_fastai.learner
+
+ROUNDS, N_EPOCH, N_TRAIN, N_VALID, BATCH = 3, 5, 448, 64, 64
+
+
+def make_learner(arch):
+    torch.manual_seed(0)
+    samples = [(x, i % 10) for i, x in enumerate(torch.randn(N_TRAIN + N_VALID, 3, SIZE, SIZE))]
+    dls = DataLoaders.from_dsets(samples[:N_TRAIN], samples[N_TRAIN:], bs=BATCH, num_workers=0, device='cpu')
+    return plain_learner(dls, create_vision_model(getattr(models, arch), 10, pretrained=False), model_meta[getattr(models, arch)]['split'])
+
+
+def plain_learner(dls, model, splitter):
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), splitter=splitter, lr=1e-4)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+
+def fastai_freeze(learn):
+    learn.freeze()
+    learn.fit(N_EPOCH)
+
+
+def freeze_to_bn(learn):
+    learn.freeze_to_bn(-1)
+    learn.fit(N_EPOCH)
+    learn.remove_cb(active_callback(learn))
+
+
+def precompute(learn):
+    learn.freeze_to_bn(-1)
+    with learn.precompute():
+        learn.fit(N_EPOCH)
+    learn.remove_cb(active_callback(learn))
+
+
+@torch.no_grad()
+def forward_pass(learn):
+    learn.model.eval()
+    for dl in learn.dls.loaders:
+        for x, _ in dl.new(shuffle=False, drop_last=False):
+            learn.model[0](x)
+
+
+def time_five_epochs(arch):
+    "Median over rounds, and ratios within a round"
+    learn = make_learner(arch)
+    forward_pass(learn)
+    variants = (fastai_freeze, freeze_to_bn, precompute, forward_pass)
+    rounds = pd.DataFrame([{f.__name__: seconds(f, learn) for f in variants} for _ in progress_bar(range(ROUNDS))])
+    ratio = lambda other: (rounds['precompute'] / rounds[other]).median()
+    return {
+        'five epochs, s': rounds['precompute'].median(),
+        '÷ fastai freeze()': ratio('fastai_freeze'),
+        '÷ freeze_to_bn': ratio('freeze_to_bn'),
+        '÷ forward pass': ratio('forward_pass'),
+    }
+
+
+def features_and_labels(learn):
+    "What the head sees behind its pooling, by hand"
+    learn.model.eval()
+    batches = [[(learn.model[1][:2](learn.model[0](x)), y) for x, y in dl.new(shuffle=False, drop_last=False)] for dl in learn.dls.loaders]
+    return [[torch.cat(o) for o in zip(*bs)] for bs in batches]
+
+
+def bare_loop(head, opt, data, n_epoch):
+    "Training and validation with the same optimizer and loss, and nothing else"
+    (x, y), (x_valid, y_valid) = data
+    for _ in range(n_epoch):
+        head.train()
+        order = torch.randperm(len(x))
+        for i in range(0, len(x) - BATCH + 1, BATCH):
+            rows = order[i : i + BATCH]
+            nn.functional.cross_entropy(head(x[rows]), y[rows]).backward()
+            opt.step()
+            opt.zero_grad()
+        head.eval()
+        with torch.no_grad():
+            for i in range(0, len(x_valid), BATCH):
+                nn.functional.cross_entropy(head(x_valid[i : i + BATCH]), y_valid[i : i + BATCH])
+
+
+def time_later_epochs(arch, n_epoch=20):
+    "Epochs on stored features beside a bare loop, and beside a Learner whose data are the features"
+    learn = make_learner(arch)
+    with torch.no_grad():
+        data = features_and_labels(learn)
+    head = learn.model[1][2:]
+    opt = Adam([list(head.parameters())], lr=1e-4)
+    dls = DataLoaders.from_dsets(*[list(zip(*d)) for d in data], bs=BATCH, num_workers=0, device='cpu')
+    on_features = plain_learner(dls, head, lambda m: [list(m.parameters())])
+    learn.freeze_to_bn(-1)
+    with learn.precompute():
+        learn.fit(1), on_features.fit(1), bare_loop(head, opt, data, 1)
+        rows = [
+            dict(
+                own=seconds(learn.fit, n_epoch),
+                bare=seconds(bare_loop, head, opt, data, n_epoch),
+                learner=seconds(on_features.fit, n_epoch),
+            )
+            for _ in range(5)
+        ]
+    rounds = pd.DataFrame(rows)
+    return {
+        'epoch, ms': 1e3 * rounds['own'].median() / n_epoch,
+        '÷ bare loop': (rounds['own'] / rounds['bare']).median(),
+        '÷ Learner on a dataset of features': (rounds['own'] / rounds['learner']).median(),
+    }
+
+
+VARIANTS = {f.__name__: f for f in (fastai_freeze, freeze_to_bn, precompute, forward_pass)}
+
+TABLES = {
+    'Five epochs of head training on stored features, the pass that stores them included, time': time_five_epochs,
+    'Epochs after the first, time': time_later_epochs,
+    'Five epochs of head training on stored features, peak memory added': partial(
+        compare_memory, 'bench.precompute', names=VARIANTS, own='precompute', other='fastai_freeze'
+    ),
+}
+
+if __name__ == '__main__':
+    arch, variant = sys.argv[1:]
+    print(added_memory(VARIANTS[variant], make_learner(arch)))
