@@ -1,15 +1,16 @@
 "What makes the forward pass of a frozen body faster: folded batch norm, channels_last, both (`fold_frozen`), `torch.compile`"
 
 from copy import deepcopy
+from functools import partial
 
 import pandas as pd, timm, torch
 from fastai.vision.learner import create_body
 from fastprogress.fastprogress import progress_bar
-from torch import nn
 from torchvision import models
 
-from bench.measure import BATCH, SIZE, seconds
+from bench.measure import BATCH, SIZE, ratio_to
 from bnfreeze_fastai.fold import folded
+from bnfreeze_fastai.frozen_part import relative_error
 from bnfreeze_fastai.stats import recalibrate_bn
 
 ROUNDS, REPEATS = 7, 4
@@ -55,15 +56,11 @@ def time_forward_passes(arch):
         for _ in range(REPEATS):
             m(x)
 
-    def ratio(m, x_own):
-        before, own, after = seconds(run, body, x), seconds(run, m, x_own), seconds(run, body, x)
-        return 2 * own / (before + after)
-
     own = variants(body, x)
-    plain = body(x)
-    off = (own['fold_frozen'][0](x) - plain).abs().max() / plain.abs().max()
-    rounds = pd.DataFrame([{name: ratio(*v) for name, v in own.items()} for _ in progress_bar(range(ROUNDS))])
-    return {**rounds.median().to_dict(), 'fold_frozen - plain': f'{off.item():.0e}'}
+    off = relative_error(own['fold_frozen'][0](x), body(x))
+    plain = partial(run, body, x)
+    rounds = pd.DataFrame([{name: ratio_to(plain, partial(run, *v)) for name, v in own.items()} for _ in progress_bar(range(ROUNDS))])
+    return {**rounds.median().to_dict(), 'fold_frozen - plain': f'{off:.0e}'}
 
 
 TABLES = {'Forward pass of the frozen body in evaluation mode, ÷ plain': time_forward_passes}

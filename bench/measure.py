@@ -12,6 +12,12 @@ def seconds(f, *args):
     return time.perf_counter() - start
 
 
+def ratio_to(plain, f):
+    "Seconds of `f()` as a ratio to the mean of those of `plain()` just before and just after it"
+    before, own, after = seconds(plain), seconds(f), seconds(plain)
+    return 2 * own / (before + after)
+
+
 def added_memory(f, *args):
     "MiB of resident memory that `f(*args)` adds at its peak to this process; reads Linux's /proc"
 

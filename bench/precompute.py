@@ -2,12 +2,10 @@
 
 import sys
 from functools import partial
-from statistics import median
 
 import pandas as pd, torch
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
-from fastai.layers import Lambda
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam

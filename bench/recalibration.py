@@ -8,7 +8,7 @@ from fastprogress.fastprogress import progress_bar
 from torch.optim.swa_utils import update_bn
 from torchvision import models
 
-from bench.measure import BATCH, N_BATCHES, SIZE, added_memory, compare_memory, seconds
+from bench.measure import BATCH, N_BATCHES, SIZE, added_memory, compare_memory, ratio_to, seconds
 from bnfreeze_fastai.core import bn_layers
 from bnfreeze_fastai.stats import recalibrate_bn
 
@@ -41,11 +41,8 @@ def time_passes(arch):
     for f in (forward_pass, *VARIANTS.values()):
         f(*args)  # warm up
 
-    def ratio(f):
-        before, own, after = (seconds(g, *args) for g in (forward_pass, f, forward_pass))
-        return 2 * own / (before + after)
-
-    rounds = pd.DataFrame([{name: ratio(f) for name, f in VARIANTS.items()} for _ in progress_bar(range(ROUNDS))])
+    plain = partial(forward_pass, *args)
+    rounds = pd.DataFrame([{name: ratio_to(plain, partial(f, *args)) for name, f in VARIANTS.items()} for _ in progress_bar(range(ROUNDS))])
     return {f'{name} ÷ forward pass': rounds[name].median() for name in VARIANTS}
 
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 __all__ = ['Call', 'watch', 'links', 'is_random', 'random_layers', 'Cut', 'holds_any', 'find_cut', 'Features', 'resumable',
            'is_resumable', 'check_cut']
 
-# %% ../nbs/02b_cut.ipynb #bd9b425f
+# %% ../nbs/02b_cut.ipynb #90d364aa
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from numbers import Number
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .core import bn_layers, held_stats, is_frozen_norm, named_modules
-from .restore import evaluating, kept_rng
+from .core import bn_layers, held_stats, named_modules
+from .restore import evaluating, kept_rng, standing_in
 
 # %% ../nbs/02b_cut.ipynb #aa010156
 class Call:
@@ -185,20 +185,16 @@ class _FromCut:
         for m in self.rest: x = m(x)
         return x
 
-# %% ../nbs/02b_cut.ipynb #824aaa65
+# %% ../nbs/02b_cut.ipynb #1c7bcbb1
 @contextmanager
 def resumable(
     cut:Cut, # Of the model meant
 ) -> Iterator[None]:
     "Let the model take `Features` and go on from the cut; on every way out, its modules have the `forward` they had"
-    innermost,own = list(cut.after)[-1],{m: m.__dict__.get('forward') for m in cut.after}
-    try:
-        for m,rest in cut.after.items(): m.forward = _FromCut(m, rest, m is innermost)
+    innermost = list(cut.after)[-1]
+    with ExitStack() as stack:
+        for m,rest in cut.after.items(): stack.enter_context(standing_in(m, {'forward': _FromCut(m, rest, m is innermost)}))
         yield
-    finally:
-        for m,f in own.items():
-            if f is not None: m.forward = f
-            else: m.__dict__.pop('forward', None)
 
 # %% ../nbs/02b_cut.ipynb #06d4620f
 def is_resumable(
@@ -207,7 +203,7 @@ def is_resumable(
     "Whether `model`, or what it is a copy of, was made to take `Features`"
     return any(isinstance(m.__dict__.get('forward'), _FromCut) for m in model.modules())
 
-# %% ../nbs/02b_cut.ipynb #0240455a
+# %% ../nbs/02b_cut.ipynb #0c3a5181
 def check_cut(
     model:nn.Module, # Any model
     cut:Cut, # Of it
@@ -223,8 +219,7 @@ def check_cut(
                          f"(a skip connection, kept state, code between layers), so the model cannot be cut there: {e}") from e
 
 def _compare(model:nn.Module, cut:Cut, x:Tensor, features:Tensor, training:bool):
-    norms = [l for l in bn_layers(model) if not is_frozen_norm(l)]
-    with evaluating(model), held_stats(dict.fromkeys(norms, 'frozen')):
+    with evaluating(model), held_stats(dict.fromkeys(bn_layers(model), 'frozen')):
         model.train(training)
         with kept_rng(): whole = model(x)
         with kept_rng(): model(torch.zeros_like(x))

@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['folded', 'fold_frozen']
 
-# %% ../nbs/04a_fold.ipynb #f3f862ff
+# %% ../nbs/04a_fold.ipynb #4fd28926
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .core import is_frozen_norm, keeps_stats
 from .cut import Call, Cut, Features, resumable, watch
-from .frozen_part import WatchFrozen, device_of, find_frozen_part, one_input, ready, unchanging
+from .frozen_part import WatchFrozen, device_of, find_frozen_part, one_input, ready, relative_error, unchanging
 from .loaders import as_in_fit
 from .restore import evaluating, kept_rng
 
@@ -85,7 +85,7 @@ def _running(copy:nn.Sequential, cut:Cut) -> Iterator[None]:
 
 def _channels_last(x:Tensor) -> Tensor: return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
-# %% ../nbs/04a_fold.ipynb #cf59c3dd
+# %% ../nbs/04a_fold.ipynb #90d517e1
 def _some_inputs(learn:Learner) -> Tensor:
     "Samples of the training data as a fit gives them to the model; no random number is used up"
     dl = learn.dls.train
@@ -97,7 +97,7 @@ def _check_folded(copy:nn.Sequential, before:list[nn.Module], x:Tensor):
     plain = nn.Sequential(*before)
     with evaluating(plain), torch.no_grad():
         exact = deepcopy(plain).double()(x.double())
-        off,own = (((y - exact).abs().max() / exact.abs().max().clamp(min=1e-8)).item() for y in (copy(_channels_last(x)), plain(x)))
+        off,own = (relative_error(y, exact) for y in (copy(_channels_last(x)), plain(x)))
     if off > max(1e-4, 2*own):
         raise ValueError(f"Folded, the frozen part is off by {off:.1e} of the size of its output, more than 1e-4: code of its own uses "
                          "what a convolution gives before batch norm, or statistics are extreme. Train without this.")

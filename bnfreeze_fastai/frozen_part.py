@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['frozen_and_trained', 'refuse_setting', 'one_input', 'device_of', 'autocast', 'check_features', 'find_frozen_part',
-           'fingerprints', 'unchanging', 'WatchFrozen', 'ready']
+__all__ = ['frozen_and_trained', 'refuse_setting', 'one_input', 'device_of', 'autocast', 'relative_error', 'check_features',
+           'find_frozen_part', 'fingerprints', 'unchanging', 'WatchFrozen', 'ready']
 
-# %% ../nbs/03b_frozen_part.ipynb #3d031f64
+# %% ../nbs/03b_frozen_part.ipynb #7bd1cd3e
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -17,17 +17,18 @@ from functools import partial
 import torch
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Callback, Learner
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import model_inputs
 from .callback import frozen_in_force, modes_in_force
-from .core import (MODES, affine_params, bn_layers, held_stats, is_compiled, is_frozen_norm, keeps_stats,
+from .core import (MODES, affine_params, bn_layers, held_stats, is_compiled, keeps_stats,
                                   norm_layers)
 from .cut import Cut, check_cut, find_cut, holds_any, is_resumable
 from .fixed import fingerprint
 from .policy import layer_groups
-from .restore import evaluating, kept_rng
+from .ranks import is_distributed
+from .restore import evaluating, kept_rng, standing_in
 
 # %% ../nbs/03b_frozen_part.ipynb #640c41f7
 def _moves(layer:nn.Module, mode:str) -> bool:
@@ -55,13 +56,13 @@ def frozen_and_trained(
     trained |= {l for n,l in layers.items() if n not in frozen_layers}
     return {*model.parameters(), *layers.values()} - trained, trained
 
-# %% ../nbs/03b_frozen_part.ipynb #45b58d04
+# %% ../nbs/03b_frozen_part.ipynb #a61dadca
 def refuse_setting(learn:Learner):
     "Raise `ValueError` where the model does not run as one module in this process"
     names = ('DistributedTrainer', 'ParallelTrainer') # to import these classes takes accelerate
     spread = [cb.name for cb in learn.cbs if type(cb).__name__ in names]
     wrapped = isinstance(learn.model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    if spread or wrapped or distributed.is_available() and distributed.is_initialized():
+    if spread or wrapped or is_distributed():
         what = ', '.join(spread) or type(learn.model).__name__
         raise ValueError(f"A distributed fit ({what}) does not work with this: train the head in one process, and go on from there.")
     if is_compiled(learn.model):
@@ -89,7 +90,14 @@ def autocast(
     if mixed is None or device_of(learn).type != 'cuda': return nullcontext()
     return torch.autocast('cuda', dtype=torch.bfloat16 if mixed.amp_mode == AMPMode.BF16 else torch.float16)
 
-# %% ../nbs/03b_frozen_part.ipynb #ec712dbc
+# %% ../nbs/03b_frozen_part.ipynb #551514a3
+def relative_error(
+    y:Tensor,
+    exact:Tensor, # What `y` should be
+) -> float:
+    "The largest difference, as a part of the largest value"
+    return ((y - exact).abs().max() / exact.abs().max().clamp(min=1e-8)).item()
+
 _N_TRIED = 8 # enough for layers that are random by sample or by pixel, and little beside a data set
 
 def check_features(
@@ -98,7 +106,7 @@ def check_features(
     x:Tensor, # Samples; the first of them are tried
 ):
     "Raise `ValueError` if what comes before `cut` does not give the same for the same sample"
-    norms = [l for m in cut.before for l in bn_layers(m) if not is_frozen_norm(l)]
+    norms = [l for m in cut.before for l in bn_layers(m)]
     with evaluating(learn.model), kept_rng(), autocast(learn):
         x = x[:_N_TRIED]
         once,before = cut.features(x)[::2],fingerprints(cut)
@@ -107,7 +115,7 @@ def check_features(
         writes = fingerprints(cut) != before
     if writes: raise ValueError("A layer of the frozen part other than batch norm writes to a buffer in training, as a counter or an "
                                 "observer does: freeze to a point before it, or train without this.")
-    off = (once.float() - twice.float()).abs().max() / once.float().abs().max().clamp(min=1e-8)
+    off = relative_error(twice.float(), once.float())
     if not off > (1e-3 if once.dtype == torch.float32 else 2e-2): return # more than rounding differs between kernels and batch sizes
     raise ValueError(f"What the frozen part gives for a sample differs by {off:.2g} of its size from one run to the next: a layer in it "
                      "is random in training, keeps a state, or mixes the samples of a batch. Set its rate to 0, or freeze to an earlier "
@@ -130,7 +138,7 @@ def fingerprints(
     "Those of all tensors before the cut"
     return [fingerprint(t) for m in cut.before for t in (*m.parameters(), *m.buffers())]
 
-# %% ../nbs/03b_frozen_part.ipynb #53727679
+# %% ../nbs/03b_frozen_part.ipynb #a7a3a2ba
 _CHANGES = ('freeze', 'freeze_to', 'unfreeze', 'freeze_to_bn', 'recalibrate_bn', 'export', 'precompute', 'fold_frozen')
 
 def _raise(name:str, inside:str, *args, **kwargs):
@@ -142,13 +150,7 @@ def unchanging(
     inside:str, # The method whose block this is
 ) -> Iterator[None]:
     "Let the methods of `learn` that would change the frozen part, or save the Learner whole, raise `RuntimeError`"
-    own = {k: vars(learn)[k] for k in _CHANGES if k in vars(learn)}
-    try:
-        for k in _CHANGES: setattr(learn, k, partial(_raise, k, inside))
-        yield
-    finally:
-        for k in _CHANGES: vars(learn).pop(k, None)
-        vars(learn).update(own)
+    with standing_in(learn, {k: partial(_raise, k, inside) for k in _CHANGES}): yield
 
 # %% ../nbs/03b_frozen_part.ipynb #82203e29
 class WatchFrozen(Callback):

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['as_in_fit', 'check_loader', 'n_samples', 'batch_size', 'in_order', 'index_batches', 'source', 'same_source',
            'random_transforms', 'refuse_random', 'seeing_crops', 'first_batch']
 
-# %% ../nbs/03a_loaders.ipynb #8efa8edd
+# %% ../nbs/03a_loaders.ipynb #b7d59d20
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +23,8 @@ from fastcore.basics import noop
 from fastcore.test import equals
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader as TorchDataLoader, IterableDataset
+
+from .restore import standing_in
 
 # %% ../nbs/03a_loaders.ipynb #1cefb64b
 def _plain(x):
@@ -80,7 +82,7 @@ def in_order(
     batches = BatchSampler(range(n), kwargs.pop('bs', batch_size(dl)), drop_last=False)
     return TorchDataLoader(dl.dataset, batch_sampler=batches, collate_fn=dl.collate_fn, **kwargs)
 
-# %% ../nbs/03a_loaders.ipynb #6b260047
+# %% ../nbs/03a_loaders.ipynb #03bbc0f2
 class _Itself:
     "Gives the index that it is asked for"
     def __getitem__(self, i): return i
@@ -88,14 +90,7 @@ class _Itself:
 @contextmanager
 def _as_indices(dl:DataLoader):
     "Let `dl` give indices in place of samples"
-    stand_ins = dict(do_item=noop, do_batch=list, after_batch=noop)
-    own = {k: vars(dl)[k] for k in stand_ins if k in vars(dl)}
-    try:
-        for k,f in stand_ins.items(): setattr(dl, k, f)
-        with dl.fake_l.no_multiproc(): yield
-    finally:
-        for k in stand_ins: delattr(dl, k)
-        for k,f in own.items(): setattr(dl, k, f)
+    with standing_in(dl, dict(do_item=noop, do_batch=list, after_batch=noop)), dl.fake_l.no_multiproc(): yield
 
 def _step_by_step(dl:DataLoader) -> Iterator[list]:
     it = iter(dl)

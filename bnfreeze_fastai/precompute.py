@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['DTYPES', 'FeatureBatches', 'ServeFeatures', 'precomputed']
 
-# %% ../nbs/04_precompute.ipynb #f97a22a1
+# %% ../nbs/04_precompute.ipynb #7b6bb57d
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import psutil, torch
 from fastai.callback.core import GatherPredsCallback
 from fastai.callback.mixup import MixHandler
-from fastai.learner import Callback, Learner
+from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import GetAttr
 
@@ -107,7 +107,7 @@ class FeatureBatches(GetAttr):
     def __len__(self): return len(self.dl)
     def __iter__(self): return (self.serve(self.store.get(self.k, rows)) for rows in index_batches(self.dl))
 
-# %% ../nbs/04_precompute.ipynb #e50f9fe4
+# %% ../nbs/04_precompute.ipynb #864cce39
 _KNOWN = ('fastai.', 'bnfreeze_fastai.') # callbacks from here keep the input as it is, or are refused by name
 
 class ServeFeatures(WatchFrozen):
@@ -129,7 +129,8 @@ class ServeFeatures(WatchFrozen):
     def before_train(self):
         "Take the features for the samples, if they are stored"
         self.served = self.marked = None
-        store = next((store for kept,store in self.stores if same_source(kept, source(self.learn.dl))), None)
+        mine = source(self.learn.dl)
+        store = next((store for kept,store in self.stores if same_source(kept, mine)), None)
         wants_input = any(isinstance(cb, GatherPredsCallback) and cb.with_input for cb in self.learn.cbs)
         if store is None or wants_input: return
         super().before_train()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['this_rank', 'gathered', 'on_all_ranks']
+__all__ = ['is_distributed', 'this_rank', 'gathered', 'on_all_ranks']
 
 # %% ../nbs/00b_ranks.ipynb #880321d3
 from collections.abc import Callable
@@ -14,19 +14,19 @@ from collections.abc import Callable
 from torch import distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# %% ../nbs/00b_ranks.ipynb #b3dc459d
-def _is_distributed() -> bool: return dist.is_available() and dist.is_initialized()
+# %% ../nbs/00b_ranks.ipynb #a9331b9b
+def is_distributed() -> bool: return dist.is_available() and dist.is_initialized()
 
 def this_rank() -> int: # 0 if there are no others
     "The rank of this process"
-    return dist.get_rank() if _is_distributed() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 def gathered(
     value, # Anything that can be pickled
     model:nn.Module, # If it is a `DistributedDataParallel`, the ranks of its process group are meant
 ) -> list: # One value per rank, in the order of ranks; of this process alone if there are no others
     "The `value` of every rank; each has to call this"
-    if not _is_distributed(): return [value]
+    if not is_distributed(): return [value]
     group = model.process_group if isinstance(model, DistributedDataParallel) else None
     per_rank = [None]*dist.get_world_size(group)
     dist.all_gather_object(per_rank, value, group=group)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['kept_rng', 'evaluating']
+__all__ = ['kept_rng', 'evaluating', 'standing_in']
 
 # %% ../nbs/00a_restore.ipynb #6e5de572
 import random
@@ -63,3 +63,18 @@ def evaluating(
         with torch.no_grad():
             for b,old in buffers.items():
                 if not torch.equal(b, old): b.copy_(old)
+
+# %% ../nbs/00a_restore.ipynb #cf178974
+@contextmanager
+def standing_in(
+    o, # Any object
+    stand_ins:dict, # Name of each attribute to its stand-in
+):
+    "`o` with `stand_ins` as attributes of its own; on leaving, it has those that it had"
+    own = {k: vars(o)[k] for k in stand_ins if k in vars(o)}
+    try:
+        for k,v in stand_ins.items(): setattr(o, k, v)
+        yield
+    finally:
+        for k in stand_ins: vars(o).pop(k, None)
+        vars(o).update(own)

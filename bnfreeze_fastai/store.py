@@ -38,7 +38,7 @@ def _mapped(shape:tuple[int, ...], dtype:torch.dtype) -> Tensor:
         file = np.memmap(f, dtype=np.uint8, mode='r+', shape=(n_bytes,))
     return torch.from_numpy(file)[:prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
-# %% ../nbs/02c_store.ipynb #6c8dbf5c
+# %% ../nbs/02c_store.ipynb #d3eae648
 class Store:
     "Batches by pass and row; the first element of each is the features, the others are kept as they come"
     def __init__(self,
@@ -51,15 +51,12 @@ class Store:
         wrong = [type(t).__name__ for t in _leaves(batch) if not isinstance(t, Tensor) or t.ndim == 0 or len(t) != len(batch[0])]
         if wrong: raise ValueError(f"Targets are kept by sample: they have to be tensors with one row for each, not {', '.join(wrong)}.")
         self.n_passes,self.n_rows,self.dtype = n_passes,n_rows,batch[0].dtype
-        kept = self._kept(batch, dtype)
+        kept = (batch[0] if dtype is None else batch[0].to(dtype), *batch[1:])
         shape = lambda t: (n_passes, n_rows, *t.shape[1:])
         self.n_bytes = sum(prod(shape(t)) * t.dtype.itemsize for t in _leaves(kept))
         self.in_file = max_mem is not None and self.n_bytes > max_mem
         new = _mapped if self.in_file else lambda shape, dtype: torch.empty(shape, dtype=dtype)
         self.batches = apply(lambda t: new(shape(t), t.dtype).as_subclass(type(t)), kept)
-
-    def _kept(self, batch:tuple, dtype:torch.dtype|None) -> tuple:
-        return (batch[0] if dtype is None else batch[0].to(dtype), *batch[1:])
 
     def put(self,
         k:int, # Pass
