@@ -6,7 +6,7 @@ OUT ?= .
 README := $(BIN)/jupyter nbconvert --to markdown --output README --log-level ERROR --RegexRemovePreprocessor.patterns='.\| hide' \
     --TagRemovePreprocessor.remove_input_tags=remove_input
 
-.PHONY: demo test bench notebooks readme clean
+.PHONY: demo test bench experiments notebooks readme clean
 
 .venv/installed: settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,9 @@ demo: .venv/installed
 test: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/pytest --numprocesses 2 tests
+
+experiments: .venv/installed
+	$(BIN)/python -m experiments
 
 bench: .venv/installed
 	$(BIN)/python -m bench

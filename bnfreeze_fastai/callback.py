@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['active_callback', 'BatchNormFreeze', 'frozen_in_force', 'modes_in_force']
+__all__ = ['active_callback', 'BatchNormFreeze', 'as_groups', 'frozen_in_force', 'modes_in_force']
 
 # %% ../nbs/03_callback.ipynb #45ce2a04
 import warnings
@@ -63,13 +63,13 @@ class BatchNormFreeze(Callback):
         self._learn = learn
         if learn is not None: self._attach()
 
-# %% ../nbs/03_callback.ipynb #75a06d66
-def _as_groups(split:list) -> list[list[nn.Parameter]]:
+# %% ../nbs/03_callback.ipynb #7e31d4ee
+def as_groups(split:list) -> list[list[nn.Parameter]]:
     "What a splitter returns, as a list of lists"
     if not split or isinstance(split[0], Tensor): return [list(split)]
     return [list(g['params'] if isinstance(g, dict) else g) for g in split]
 
-# %% ../nbs/03_callback.ipynb #9d7d4fd1
+# %% ../nbs/03_callback.ipynb #4bbc7b5b
 @patch
 def split(self:BatchNormFreeze,
     model:nn.Module,
@@ -83,7 +83,7 @@ def split(self:BatchNormFreeze,
         if not isinstance(res, (list, tuple, L)): res = list(res)
     finally:
         for p in fixed: p.requires_grad = False
-    self._groups = _as_groups(res)
+    self._groups = as_groups(res)
     return res
 
 # %% ../nbs/03_callback.ipynb #3c85ee56

@@ -6,32 +6,33 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['COMMANDS', 'BadOption', 'demo', 'main']
+__all__ = ['COMMANDS', 'demo', 'compare', 'find', 'main']
 
-# %% ../nbs/08_cli.ipynb #85e08c9d
-import sys
+# %% ../nbs/08_cli.ipynb #009b7c6b
+import json, os, sys
+from collections.abc import Iterable
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 from fastcore.script import anno_parser
+from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
-# %% ../nbs/08_cli.ipynb #17d1b6e4
-class BadOption(ValueError):
-    "An option with a value that is not allowed"
-
+# %% ../nbs/08_cli.ipynb #9f7da49e
 def _check_range(name:str, value:int, least:int, most:int=None):
     if value >= least and (most is None or value <= most): return
-    raise BadOption(f"--{name} {value}: give a number from {least} " + ('up' if most is None else f'to {most}'))
+    raise ValueError(f"--{name} {value}: give a number from {least} " + ('up' if most is None else f'to {most}'))
 
 def _check_plot_path(out:str) -> Path:
     "`out` as a path that matplotlib can save a figure to"
     from matplotlib.backend_bases import FigureCanvasBase
     path,allowed = Path(out),[f'.{kind}' for kind in sorted(FigureCanvasBase.get_supported_filetypes())]
-    if path.suffix.lower() not in allowed: raise BadOption(f"--out {out}: end the name with one of {', '.join(allowed)}")
-    if path.is_dir(): raise BadOption(f"--out {out}: this is a folder; give the name of a file")
-    if not path.parent.is_dir(): raise BadOption(f"--out {out}: there is no folder {path.parent}; make it first or choose another")
+    if path.suffix.lower() not in allowed: raise ValueError(f"--out {out}: end the name with one of {', '.join(allowed)}")
+    if path.is_dir(): raise ValueError(f"--out {out}: this is a folder; give the name of a file")
+    if not path.parent.is_dir(): raise ValueError(f"--out {out}: there is no folder {path.parent}; make it first or choose another")
     return path
 
-# %% ../nbs/08_cli.ipynb #ee4df126
+# %% ../nbs/08_cli.ipynb #16ba1407
 def demo(
     seeds:int=5, # Runs of each policy, 1 or more; from 2 on differences get an interval
     images:int=100, # Training images of the new task, 16 (one batch) to 800 (the others are for validation)
@@ -43,22 +44,125 @@ def demo(
     _check_range('epochs', epochs, 1)
     _check_range('images', images, 16, 800)
     path = _check_plot_path(out)
-    from bnfreeze_fastai.demo import differences, run_demo, summarise # fastai takes seconds to import: --help need not wait for it
-    from bnfreeze_fastai.plots import plot_scores
-    runs,source_accuracy = run_demo(seeds, images, epochs)
-    print(f"\nPretrained on grey digits 0 to 4 (accuracy {source_accuracy:.3f}). New task: coloured digits 5 to 9,")
-    print(f"{images} training images, body frozen, new head, {epochs} epochs; mean over {seeds} seeds.\n")
-    number = '{:.3f}'.format
-    print(summarise(runs).to_string(index=False, float_format=number, na_rep='-'))
-    print("\nPaired differences in accuracy, with intervals that hold together in 95 of 100 repetitions:\n")
-    print(differences(runs).to_string(index=False, float_format=number, na_rep='-'))
-    plot_scores(runs).figure.savefig(path)
+    from bnfreeze_fastai.compare import bn_compare # fastai takes seconds to import: --help need not wait for it
+    from bnfreeze_fastai.digits import digit_learner, pretrain
+    pretrained,source_accuracy = pretrain()
+    get_learner = partial(digit_learner, pretrained, n_images=images)
+    compared = bn_compare(get_learner, epochs=epochs, seeds=seeds, fit='fit_one_cycle', lr=1e-2)
+    print(f"\n\nPretrained on grey digits 0 to 4 (accuracy {source_accuracy:.3f}). New task: coloured digits 5 to 9,")
+    print(f"{images} training images, body frozen, new head, {epochs} epochs.\n\n{compared}")
+    compared.plot().savefig(path)
     print(f"\nPlot: {path.resolve()}")
 
-# %% ../nbs/08_cli.ipynb #09a9eaff
-COMMANDS = {'demo': demo}
+# %% ../nbs/08_cli.ipynb #59954edb
+def _task(data:str, arch:str, weights:str, size:int, bs:int, valid_pct:float, skip_unreadable:bool, num_workers:int|None):
+    "What makes a Learner for the folder `data`, and its settings; `ValueError` for anything that would not work"
+    _check_range('size', size, 8)
+    if not data: raise ValueError("DATA is empty: give a folder")
+    _check_range('bs', bs, 1)
+    from bnfreeze_fastai.architectures import check_architecture, image_learner, make_model
+    from bnfreeze_fastai.images import find_images
+    check_architecture(arch)
+    images = find_images(data, valid_pct, skip_unreadable)
+    make_model(arch, weights, len(images.classes), size) # before the first run
+    read = [Path(p) for p in (weights, arch.rpartition(':')[0]) if Path(p).is_file()]
+    weights = str(Path(weights).resolve()) if Path(weights).is_file() else weights
+    settings = dict(data=str(Path(data).resolve()), images=len(images.files), images_hash=_hash(images.files), classes=images.classes,
+                    training_images=images.n_train, valid_pct=valid_pct, arch=arch, weights=weights, network_hash=_hash(read),
+                    size=size, bs=bs,
+                    versions={name: version(name) for name in ('bnfreeze_fastai', 'fastai', 'torch')})
+    return partial(image_learner, images, arch, weights, size, bs, num_workers),settings
 
-# %% ../nbs/08_cli.ipynb #b6c2e4b4
+def _check_folder(out:str) -> Path:
+    path = Path(out)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not out or not there.is_dir(): raise ValueError(f"--out {out!r}: {there if out else 'this'} is a file or nothing; give a folder")
+    if not os.access(there, os.W_OK): raise ValueError(f"--out {out}: {there} cannot be written to; choose another folder")
+    return path
+
+def _hash(files:Iterable[Path]) -> str: return xxh3_128_hexdigest(b''.join(xxh3_128_digest(p.read_bytes()) for p in files))
+
+def _report(path:Path, title:str, settings:dict, parts:list):
+    "Write a report of `(heading, text or table)` in Markdown, with the plot beside it, and print where it is"
+    as_text = lambda part: part if isinstance(part, str) else part.astype(object).where(part.notna(), None).to_markdown(
+        index=False, floatfmt='.4g', missingval='-')
+    told = '\n'.join(f'| {k} | {str(v).replace("|", chr(92)+"|")} |' for k,v in settings.items())
+    text = '\n\n'.join(f'## {heading}\n\n{as_text(part)}' for heading,part in parts)
+    report = f'# {title}\n\n{text}\n\n![](plot.png)\n\n## Settings\n\n| | |\n| --- | --- |\n{told}\n'
+    (path/'report.md').write_text(report, encoding='utf-8')
+    print(f"\nReport: {(path/'report.md').resolve()}")
+
+# %% ../nbs/08_cli.ipynb #91464980
+def compare(
+    data:str, # Folder with `train` and `valid`, each with a folder of images for each class; or with the classes, and --valid-pct
+    arch:str='resnet34', # Architecture of torchvision or timm, or file.py:function for a function of the number of classes
+    weights:str='pretrained', # File with a state_dict, or `pretrained`, or `none`
+    modes:str='fastai,train,stats-only,affine-only,frozen', # Policies, with commas between; `fastai` is freezing without this package
+    fit:str='fine_tune', # How to train: fine_tune, fit_one_cycle, fit_flat_cos or fit
+    epochs:int=5, # Epochs of each run
+    lr:float=None, # Learning rate; the default of --fit if not given: 0.002 for fine_tune, 0.001 for the others
+    seeds:int=3, # Runs of each policy
+    freeze_to:int=-1, # Parameter groups before this one are frozen; 0 trains everything (with --fit fit_one_cycle)
+    size:int=224, # Images are squeezed to squares of so many pixels
+    bs:int=64, # Batch size
+    valid_pct:float=None, # Part of the images for validation, where there is no folder for them
+    skip_unreadable:bool=False, # Leave out images that cannot be read
+    jobs:int=1, # Processes
+    out:str='bnfreeze-compare', # Folder for results.csv, results.json (settings), report.md and plot.png
+):
+    "Train every batch norm policy in full on a folder of images, and say which differ"
+    from bnfreeze_fastai.compare import bn_compare, check_training
+    from bnfreeze_fastai.runs import check_policies
+    policies = list(check_policies([m.strip() for m in modes.split(',')]))
+    check_training(epochs, fit, freeze_to, lr)
+    _check_range('seeds', seeds, 1)
+    _check_range('jobs', jobs, 1)
+    path = _check_folder(out)
+    get_learner,settings = _task(data, arch, weights, size, bs, valid_pct, skip_unreadable, None if jobs == 1 else 0)
+    compared = bn_compare(get_learner, policies, epochs, seeds, fit, freeze_to, lr, n_jobs=jobs,
+                          results=path/'results.csv', settings=settings)
+    print(f"\n\n{compared}")
+    if compared.df.empty: return
+    compared.plot().savefig(path/'plot.png')
+    settings.update(fit=fit, epochs=epochs, lr=lr, seeds=seeds, freeze_to=freeze_to)
+    _report(path, 'Batch norm policies compared', settings, list(compared.tables()))
+
+# %% ../nbs/08_cli.ipynb #aad820c0
+def find(
+    data:str, # Folder with `train` and `valid`, each with a folder of images for each class; or with the classes, and --valid-pct
+    arch:str='resnet34', # Architecture of torchvision or timm, or file.py:function for a function of the number of classes
+    weights:str='pretrained', # File with a state_dict, or `pretrained`, or `none`
+    epochs:int=5, # Epochs that a full run would have
+    cost:float=0.5, # Batches of all trials, as a part of those of full runs of every mode
+    lr:float=None, # Learning rate; fastai's 0.001 if not given
+    seeds:int=3, # Trials of each mode in a round, 2 or more
+    freeze_to:int=-1, # Parameter groups before this one are frozen; 0 trains everything, as fine_tune does most of the time
+    size:int=224, # Images are squeezed to squares of so many pixels
+    bs:int=64, # Batch size
+    valid_pct:float=None, # Part of the images for validation, where there is no folder for them
+    skip_unreadable:bool=False, # Leave out images that cannot be read
+    out:str='bnfreeze-find', # Folder for trials.csv, settings.json, report.md and plot.png
+):
+    "Suggest a batch norm mode for a folder of images by short trials, and say whether it is more than noise"
+    import bnfreeze_fastai.find # patches `bn_find` in
+    from bnfreeze_fastai.runs import new_learner
+    path = _check_folder(out)
+    get_learner,settings = _task(data, arch, weights, size, bs, valid_pct, skip_unreadable, None)
+    learn = new_learner(get_learner, 0)
+    learn.freeze_to_bn(freeze_to)
+    found = learn.bn_find(epochs, cost, seeds, lr, plot=False)
+    print(f"\n\n{found}")
+    path.mkdir(parents=True, exist_ok=True)
+    settings.update(epochs=epochs, cost=cost, lr=learn.lr if lr is None else lr, seeds=seeds, freeze_to=freeze_to)
+    found.trials.to_csv(path/'trials.csv', index=False)
+    (path/'settings.json').write_text(json.dumps(settings, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    found.plot().savefig(path/'plot.png')
+    _report(path, 'A batch norm mode, by short trials', settings, found.tables())
+
+# %% ../nbs/08_cli.ipynb #ed53bfc6
+COMMANDS = {'demo': demo, 'compare': compare, 'find': find}
+
+# %% ../nbs/08_cli.ipynb #fd755636
 def main(
     args:list[str]=None, # Arguments; `None` for those of the process
 ):
@@ -73,4 +177,6 @@ def main(
     parser = anno_parser(COMMANDS[args[0]], prog=f'bnfreeze {args[0]}')
     options = {k: v for k,v in vars(parser.parse_args(args[1:])).items() if k not in ('pdb', 'xtra')}
     try: COMMANDS[args[0]](**options)
-    except BadOption as e: parser.error(str(e))
+    except ValueError as e: parser.error(str(e))
+    except (RuntimeError, OSError) as e: sys.exit(f'{parser.prog}: {e}')
+    except KeyboardInterrupt: sys.exit(130)

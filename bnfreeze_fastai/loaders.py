@@ -9,8 +9,8 @@ from __future__ import annotations
 __all__ = ['as_in_fit', 'check_loader', 'n_samples', 'batch_size', 'in_order', 'index_batches', 'source', 'same_source',
            'random_transforms', 'refuse_random', 'seeing_crops', 'first_batch']
 
-# %% ../nbs/03a_loaders.ipynb #b7d59d20
-from collections.abc import Callable, Iterator, Mapping
+# %% ../nbs/03a_loaders.ipynb #888d3ff4
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import index
@@ -58,7 +58,7 @@ def check_loader(
     elif any(getattr(type(dl), k) is not getattr(DataLoader, k) or k in vars(dl) for k in ('__iter__', 'create_batches')):
         raise ValueError(own_way)
 
-# %% ../nbs/03a_loaders.ipynb #ebd3860d
+# %% ../nbs/03a_loaders.ipynb #767ab7a8
 def n_samples(
     dl:DataLoader|TorchDataLoader,
 ) -> int:
@@ -73,13 +73,14 @@ def batch_size(
 
 def in_order(
     dl:DataLoader|TorchDataLoader, # One that `check_loader` accepts
+    idxs:Sequence[int]=None, # The samples to give, in this order; all of them if not given
     **kwargs, # Instead of what `dl` has: `bs`, `num_workers`
 ) -> DataLoader|TorchDataLoader:
     "A loader of the same samples and transforms as `dl` that gives each once, in order"
-    n = n_samples(dl)
-    if isinstance(dl, DataLoader): return dl.new(shuffle=False, drop_last=False, n=n, get_idxs=partial(range, n), **kwargs)
+    if idxs is None: idxs = range(n_samples(dl))
+    if isinstance(dl, DataLoader): return dl.new(shuffle=False, drop_last=False, n=len(idxs), get_idxs=partial(list, idxs), **kwargs)
     kwargs = {'num_workers': dl.num_workers, 'worker_init_fn': dl.worker_init_fn, **kwargs}
-    batches = BatchSampler(range(n), kwargs.pop('bs', batch_size(dl)), drop_last=False)
+    batches = BatchSampler(idxs, kwargs.pop('bs', batch_size(dl)), drop_last=False)
     return TorchDataLoader(dl.dataset, batch_sampler=batches, collate_fn=dl.collate_fn, **kwargs)
 
 # %% ../nbs/03a_loaders.ipynb #03bbc0f2

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['plot_scores', 'plot_score_curves', 'plot_bn_drift']
+__all__ = ['plot_scores', 'plot_differences', 'plot_score_curves', 'plot_trials', 'plot_bn_drift']
 
 # %% ../nbs/05_plots.ipynb #55794ceb
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
@@ -33,6 +33,24 @@ def plot_scores(
     ax.legend()
     return ax
 
+# %% ../nbs/05_plots.ipynb #1de5dc01
+def plot_differences(
+    table:pd.DataFrame, # From `paired_differences`: `a`, `b`, `difference`, `low`, `high`, `verdict`
+    score:str='accuracy', # What the differences are of
+    ax:Axes=None, # Axes to draw into; made if not given
+) -> Axes: # The axes drawn into
+    "Each pair's difference with its interval, in the order of `table` from the top"
+    if ax is None: _,ax = plt.subplots(figsize=(6, 0.8+0.3*len(table)), layout='constrained')
+    for y,row in enumerate(table.itertuples()):
+        error = None if np.isnan(row.low) else [[row.difference-row.low], [row.high-row.difference]]
+        ax.errorbar(row.difference, y, xerr=error, fmt='o', ms=4, capsize=3, color='C0' if row.verdict == 'differ' else 'grey')
+    ax.axvline(0, color='grey', ls=':')
+    ax.set_yticks(range(len(table)), [f'{a} - {b}' for a,b in zip(table['a'], table['b'])])
+    ax.set(xlabel=f'difference in {score}, joint 95% intervals')
+    ax.invert_yaxis()
+    ax.grid(axis='x', alpha=0.3)
+    return ax
+
 # %% ../nbs/05_plots.ipynb #f4971d05
 def plot_score_curves(
     runs:pd.DataFrame, # One row per run: `policy`, `seed` and the columns `x` and `score`
@@ -50,6 +68,25 @@ def plot_score_curves(
     ax.set(xticks=ticks, xticklabels=ticks, xlabel=x, ylabel=f'{score}, mean ± sd')
     ax.grid(axis='y', alpha=0.3)
     ax.legend()
+    return ax
+
+# %% ../nbs/05_plots.ipynb #ae7b1e26
+def plot_trials(
+    trials:pd.DataFrame, # One row per trial: `candidate`, `train_batches`, `valid_loss`
+    best:str=None, # Candidate to draw in bold
+    ax:Axes=None, # Axes to draw into; made if not given
+) -> Axes: # The axes drawn into
+    "Validation loss against the length of the trial, by candidate"
+    if ax is None: _,ax = plt.subplots(figsize=(6, 3.5), layout='constrained')
+    for i,(name,group) in enumerate(trials.groupby('candidate', sort=False)):
+        mean = group.groupby('train_batches')['valid_loss'].mean()
+        line, = ax.plot(mean.index, mean, 'o-', ms=3, color=f'C{i}' if i < 10 else plt.cm.tab20(i), label=name, lw=3 if name == best else 1)
+        ax.plot(group['train_batches'], group['valid_loss'], 'o', ms=4, alpha=0.4, color=line.get_color())
+    ax.set_xscale('log', base=2)
+    ticks = sorted(trials['train_batches'].unique())
+    ax.set(xticks=ticks, xticklabels=ticks, xlabel='training batches', ylabel='validation loss')
+    ax.grid(axis='y', alpha=0.3)
+    ax.legend(fontsize='small')
     return ax
 
 # %% ../nbs/05_plots.ipynb #712143ca

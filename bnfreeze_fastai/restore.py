@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['kept_rng', 'evaluating', 'standing_in']
+__all__ = ['kept_rng', 'reseed', 'evaluating', 'standing_in']
 
 # %% ../nbs/00a_restore.ipynb #6e5de572
 import random
@@ -16,29 +16,32 @@ import numpy as np, torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-# %% ../nbs/00a_restore.ipynb #00a68cbf
+# %% ../nbs/00a_restore.ipynb #61f87407
 def _generators(loader, seen:tuple=()) -> list[tuple]: # (owner, attribute, generator)
     "The random number generators that a data loader holds itself, or in its samplers, or in a loader that it wraps"
     if loader is None or any(loader is o for o in seen): return []
     found = [(loader, k, getattr(loader, k, None)) for k in ('rng', 'generator')]
-    found = [(o, k, g) for o,k,g in found if isinstance(g, (random.Random, torch.Generator))]
+    found = [(o, k, g) for o,k,g in found if isinstance(g, (random.Random, np.random.Generator, torch.Generator))]
     parts = [getattr(loader, k, None) for k in ('dl', 'sampler', 'batch_sampler')]
     return found + [g for part in parts for g in _generators(part, (*seen, loader))]
 
-def _state(generator): return generator.get_state() if isinstance(generator, torch.Generator) else generator.getstate()
+def _state(generator):
+    if isinstance(generator, torch.Generator): return generator.get_state()
+    return generator.bit_generator.state if isinstance(generator, np.random.Generator) else generator.getstate()
 
 def _restore(owner, name, generator, state):
     if isinstance(generator, torch.Generator): generator.set_state(state)
+    elif isinstance(generator, np.random.Generator): generator.bit_generator.state = state
     else: generator.setstate(state)
     if getattr(owner, name) is not generator: setattr(owner, name, generator) # fastai's loaders make a new one in each epoch
 
-# %% ../nbs/00a_restore.ipynb #9fdd054a
+# %% ../nbs/00a_restore.ipynb #5baf6d5f
 @contextmanager
 def kept_rng(
-    loader=None, # A data loader whose own generators are kept as well
+    *loaders, # Data loaders whose own generators are kept as well
 ):
-    "On leaving, the generators of Python, numpy, PyTorch and `loader` are as they were on entering"
-    python,array,own = random.getstate(),np.random.get_state(),[(*g, _state(g[-1])) for g in _generators(loader)]
+    "On leaving, the generators of Python, numpy, PyTorch and `loaders` are as they were on entering"
+    python,array,own = random.getstate(),np.random.get_state(),[(*g, _state(g[-1])) for l in loaders for g in _generators(l)]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=devices): yield
@@ -46,6 +49,20 @@ def kept_rng(
         random.setstate(python)
         np.random.set_state(array)
         for g in own: _restore(*g)
+
+# %% ../nbs/00a_restore.ipynb #4541217d
+def reseed(
+    seed:int, # 0 or more
+    *loaders, # Data loaders whose own generators are seeded as well
+):
+    "Seed the generators of Python, numpy, PyTorch and `loaders`"
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    for *_,g in (g for l in loaders for g in _generators(l)):
+        if isinstance(g, torch.Generator): g.manual_seed(seed)
+        elif isinstance(g, np.random.Generator): g.bit_generator.state = type(g.bit_generator)(seed).state
+        else: g.seed(seed)
 
 # %% ../nbs/00a_restore.ipynb #e1898018
 @contextmanager

@@ -1,9 +1,11 @@
 "The command `bnfreeze`, as a user types it"
 
-import subprocess, sys
+import json, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
-import pytest
+import pandas as pd, pytest, torch, torchvision
+from PIL import Image
+
 from bnfreeze_fastai.cli import main
 
 COMMAND = Path(sys.executable).parent / 'bnfreeze'
@@ -16,16 +18,7 @@ def run(*args):
 def test_demo():
     res = run('demo', '--seeds', '2', '--images', '32', '--epochs', '1', '--out', 'plot.png')
     assert res.returncode == 0, res.stderr
-    for word in [
-        'fastai freeze()',
-        'train',
-        'stats-only',
-        'affine-only',
-        'frozen',
-        'statistics moved',
-        'affine moved',
-        'the same in every seed',
-    ]:
+    for word in ['fastai', 'train', 'stats-only', 'affine-only', 'frozen', 'stats_moved', 'affine_moved', 'the same in every seed']:
         assert word in res.stdout
     path = Path(res.stdout.split('Plot: ')[1].strip())
     assert path == Path('plot.png').resolve() and path.read_bytes().startswith(b'\x89PNG')
@@ -65,3 +58,193 @@ def test_help():
     assert top.returncode == demo.returncode == 0 and 'demo' in top.stdout
     for option in ['--seeds', '--images', '--epochs', '--out', 'default: 5']:
         assert option in demo.stdout
+
+
+NETWORK = """
+from torch import nn
+def net(n_out):
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    return nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, n_out)))
+"""
+SMALL = ['--arch', 'own.py:net', '--weights', 'none', '--size', '8', '--bs', '4']
+
+
+@pytest.fixture
+def pets():
+    for part, n in (('train', 16), ('valid', 8)):
+        for i, label in enumerate(('cat', 'dog')):
+            folder = Path('pets', part, label)
+            folder.mkdir(parents=True)
+            for j in range(n):
+                Image.effect_noise((10, 12), 20 + 60 * i).convert('RGB').save(folder / f'{j}.png')
+    Path('own.py').write_text(NETWORK)
+
+
+def test_compare(pets):
+    args = ['compare', 'pets', *SMALL, '--modes', 'fastai,frozen', '--epochs', '1', '--seeds', '2', '--out', 'found/here']
+    res = run(*args)
+    assert res.returncode == 0, res.stderr
+    out = Path('found/here')
+    assert sorted(p.name for p in out.iterdir()) == ['plot.png', 'report.md', 'results.csv', 'results.json']
+    rows = pd.read_csv(out / 'results.csv')
+    assert len(rows) == 2 * 2 * 2 and set(rows['policy']) == {'fastai', 'frozen'} and 'accuracy' in rows
+    settings = json.loads((out / 'results.json').read_text())
+    told = dict(
+        arch='own.py:net', weights='none', size=8, bs=4, epochs=1, images=48, training_images=32, classes=['cat', 'dog'], fit='fine_tune'
+    )
+    assert told.items() <= settings.items() and settings['data'] == str(Path('pets').resolve()) and 'torch' in settings['versions']
+    report = (out / 'report.md').read_text()
+    assert all(word in report for word in ('| fastai', '| frozen', 'plot.png', 'own.py:net', 'verdict')) and 'verdict' in res.stdout
+
+    before = (out / 'results.csv').read_bytes()
+    again = run(*args)
+    assert again.returncode == 0 and (out / 'results.csv').read_bytes() == before
+    Path('pets/train/cat/0.png').write_bytes(Path('pets/train/dog/0.png').read_bytes())
+    changed = run(*args)
+    assert changed.returncode == 2 and 'images_hash' in changed.stderr and (out / 'results.csv').read_bytes() == before
+    other = run(*args, '--bs', '8')
+    assert other.returncode == 2 and 'bs (4 there, 8 now)' in other.stderr and (out / 'results.csv').read_bytes() == before
+
+
+def test_compare_in_two_processes_gives_the_same(pets):
+    args = ['compare', 'pets', *SMALL, '--modes', 'train,frozen', '--epochs', '2', '--seeds', '2', '--fit', 'fit_one_cycle']
+    tables = []
+    for jobs in ('1', '2'):
+        res = run(*args, '--jobs', jobs, '--out', jobs)
+        assert res.returncode == 0, res.stderr
+        tables.append(
+            pd.read_csv(Path(jobs) / 'results.csv').drop(columns='seconds').sort_values(['policy', 'seed', 'epoch'], ignore_index=True)
+        )
+    pd.testing.assert_frame_equal(*tables, rtol=1e-5)
+
+
+def test_compare_is_stopped_and_goes_on(pets):
+    args = [COMMAND, 'compare', 'pets', *SMALL, '--epochs', '6', '--seeds', '4', '--out', 'found']
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not Path('found/results.csv').exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 0 and 'runs are missing' in out, err
+    kept = pd.read_csv('found/results.csv')
+    assert subprocess.run(args, capture_output=True).returncode == 0
+    whole = pd.read_csv('found/results.csv')
+    assert len(whole) == 5 * 4 * 7 and whole[: len(kept)].equals(kept)
+
+
+def test_find(pets):
+    res = run('find', 'pets', *SMALL, '--epochs', '10', '--seeds', '2', '--cost', '0.5', '--out', 'found')
+    assert res.returncode == 0, res.stderr
+    assert sorted(p.name for p in Path('found').iterdir()) == ['plot.png', 'report.md', 'settings.json', 'trials.csv']
+    assert 'Suggestion' in res.stdout and 'Suggestion' in Path('found/report.md').read_text()
+    assert len(pd.read_csv('found/trials.csv')) == 2 * (4 + 2)
+    assert {'cost': 0.5, 'epochs': 10, 'arch': 'own.py:net'}.items() <= json.loads(Path('found/settings.json').read_text()).items()
+
+
+@pytest.mark.parametrize('arch', ['resnet18', 'mobilenetv3_small_050'])
+def test_architectures_by_name(pets, arch):
+    args = [
+        'find',
+        'pets',
+        '--arch',
+        arch,
+        '--weights',
+        'none',
+        '--size',
+        '32',
+        '--bs',
+        '8',
+        '--epochs',
+        '8',
+        '--cost',
+        '1',
+        '--seeds',
+        '2',
+    ]
+    main([*args, '--out', 'found'])
+    assert Path('found/report.md').exists()
+
+
+def test_weights_from_a_file(pets):
+    state = torchvision.models.resnet18().state_dict()
+    torch.save(state, 'right.pth')
+    torch.save({k: v for k, v in state.items() if 'layer4.1' not in k}, 'wrong.pth')
+    args = ['compare', 'pets', '--arch', 'resnet18', '--size', '32', '--bs', '8', '--epochs', '1', '--seeds', '1', '--modes', 'frozen']
+    main([*args, '--weights', 'right.pth', '--out', 'found'])
+    res = run(*args, '--weights', 'wrong.pth')
+    assert res.returncode == 2 and 'layer4.1.conv1.weight: not in the file' in res.stderr
+
+
+def unreadable():
+    Path('pets/train/cat/3.png').write_bytes(b'no image')
+
+
+def one_class():
+    for part in ('train', 'valid'):
+        shutil.rmtree(Path('pets', part, 'dog'))
+
+
+def file_in_the_way():
+    Path('taken').write_text('')
+
+
+def too_few():
+    for p in Path('pets/train').rglob('*'):
+        if p.suffix and int(p.stem) > 0:
+            p.unlink()
+
+
+def broken_function():
+    Path('own.py').write_text('def net(n_out): return n_out.missing')
+
+
+@pytest.mark.parametrize(
+    'command,args,prepare,words',
+    [
+        ('compare', ['pest'], None, 'there is pets'),
+        ('compare', ['pets/train'], None, 'say how much to hold back'),
+        ('compare', ['pets', '--valid-pct', '0.2'], None, 'own validation images'),
+        ('compare', ['pets', '--arch', 'resnet43'], None, 'did you mean'),
+        ('find', ['pets', '--arch', 'resnet43'], None, 'did you mean'),
+        ('compare', ['pets', '--arch', 'own.py:ent'], None, 'has no function ent'),
+        ('compare', ['pets', '--weights', 'nowhere.pth'], None, 'no file of weights'),
+        ('compare', ['pets', '--modes', 'frozen,thawed'], None, "'thawed' is no policy"),
+        ('compare', ['pets', '--fit', 'fit_sgdr'], None, 'fit_one_cycle'),
+        ('compare', ['pets', '--freeze-to', '0'], None, 'another `fit`'),
+        ('compare', ['pets', '--fit', 'fit', '--freeze-to', '7'], None, 'out of range'),
+        ('find', ['pets', '--freeze-to', '7'], None, 'out of range'),
+        ('compare', ['pets', '--epochs', '0'], None, 'from 1 up'),
+        ('compare', ['pets', '--seeds', '0'], None, 'from 1 up'),
+        ('compare', ['pets', '--size', '0'], None, 'from 8 up'),
+        ('compare', ['pets', '--bs', '0'], None, 'from 1 up'),
+        ('compare', ['pets', '--jobs', '0'], None, 'from 1 up'),
+        ('find', ['pets', '--cost', '2'], None, 'at most 1'),
+        ('find', ['pets', '--seeds', '1'], None, '2 or more'),
+        ('find', ['pets', '--epochs', '1', '--cost', '0.01'], None, 'too little to divide'),
+        ('compare', ['pets'], unreadable, '3.png'),
+        ('find', ['pets'], unreadable, '3.png'),
+        ('compare', ['pets'], one_class, 'one class only, cat'),
+        ('compare', ['pets', '--out', 'taken'], file_in_the_way, 'give a folder'),
+        ('find', ['pets', '--out', 'taken'], file_in_the_way, 'give a folder'),
+        ('compare', ['pets', '--out', 'taken/below'], file_in_the_way, 'give a folder'),
+        ('compare', ['pets', '--modes', 'frozen'], too_few, 'smaller batch size'),
+        ('find', ['pets'], too_few, 'smaller batch size'),
+        ('find', ['pets'], broken_function, 'failed with 2 classes'),
+        ('compare', ['pets', '--lr', 'nan'], None, '`lr`'),
+        ('compare', [''], None, 'DATA is empty'),
+    ],
+)
+def test_bad_input_says_what_is_wrong_before_anything_runs(pets, command, args, prepare, words, capsys):
+    if prepare is not None:
+        prepare()
+    before = sorted(Path('.').rglob('*'))
+    with pytest.raises(SystemExit) as e:
+        main([command, *SMALL, *args])
+    assert e.value.code == 2 and words in capsys.readouterr().err
+    assert sorted(p for p in Path('.').rglob('*') if '__pycache__' not in str(p)) == before
+
+
+def test_unreadable_images_are_skipped_on_request(pets, capsys):
+    unreadable()
+    main(['compare', 'pets', *SMALL, '--epochs', '1', '--seeds', '1', '--modes', 'frozen', '--skip-unreadable', '--out', 'found'])
+    assert '3.png' in capsys.readouterr().out and json.loads(Path('found/results.json').read_text())['images'] == 47
