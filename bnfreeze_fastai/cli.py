@@ -8,8 +8,8 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['COMMANDS', 'demo', 'compare', 'find', 'main']
 
-# %% ../nbs/08_cli.ipynb #009b7c6b
-import json, os, sys
+# %% ../nbs/08_cli.ipynb #c7a6d12b
+import os, sys
 from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
@@ -127,7 +127,7 @@ def compare(
     settings.update(fit=fit, epochs=epochs, lr=lr, seeds=seeds, freeze_to=freeze_to)
     _report(path, 'Batch norm policies compared', settings, list(compared.tables()))
 
-# %% ../nbs/08_cli.ipynb #aad820c0
+# %% ../nbs/08_cli.ipynb #ee7293d8
 def find(
     data:str, # Folder with `train` and `valid`, each with a folder of images for each class; or with the classes, and --valid-pct
     arch:str='resnet34', # Architecture of torchvision or timm, or file.py:function for a function of the number of classes
@@ -145,6 +145,7 @@ def find(
 ):
     "Suggest a batch norm mode for a folder of images by short trials, and say whether it is more than noise"
     import bnfreeze_fastai.find # patches `bn_find` in
+    from bnfreeze_fastai.results import write_json
     from bnfreeze_fastai.runs import new_learner
     path = _check_folder(out)
     get_learner,settings = _task(data, arch, weights, size, bs, valid_pct, skip_unreadable, None)
@@ -155,7 +156,7 @@ def find(
     path.mkdir(parents=True, exist_ok=True)
     settings.update(epochs=epochs, cost=cost, lr=learn.lr if lr is None else lr, seeds=seeds, freeze_to=freeze_to)
     found.trials.to_csv(path/'trials.csv', index=False)
-    (path/'settings.json').write_text(json.dumps(settings, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    write_json(path/'settings.json', settings)
     found.plot().savefig(path/'plot.png')
     _report(path, 'A batch norm mode, by short trials', settings, found.tables())
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['Comparison', 'check_training', 'bn_compare']
 
-# %% ../nbs/07_compare.ipynb #c56e3243
+# %% ../nbs/07_compare.ipynb #d49dc044
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from math import inf
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 
 import matplotlib.pyplot as plt, pandas as pd
@@ -24,7 +23,8 @@ from .differences import paired_differences, table_html, table_text
 from .plots import plot_differences, plot_scores
 from .restore import kept_rng
 from .results import Results
-from .runs import FITS, as_seeds, check_policies, n_batches, new_learner, put_policy, run_policy, weights_hash
+from .runs import (FITS, as_seeds, check_epochs, check_lr, check_policies, n_batches, new_learner, put_policy, run_policy,
+                                  weights_hash)
 
 # %% ../nbs/07_compare.ipynb #95c76b49
 class Comparison:
@@ -78,7 +78,7 @@ class Comparison:
     def _repr_html_(self):
         return ''.join(f'<p>{title}</p>{table_html(df)}' for title,df in self.tables())
 
-# %% ../nbs/07_compare.ipynb #57e64d63
+# %% ../nbs/07_compare.ipynb #b8d917ff
 def check_training(
     epochs:int, # See `bn_compare`
     fit:str|Callable, # See there
@@ -86,13 +86,13 @@ def check_training(
     lr:float|slice|None=None, # See there
 ):
     "Raise `ValueError` for training that cannot be"
-    if not isinstance(epochs, Integral) or isinstance(epochs, bool) or epochs < 1:
-        raise ValueError(f"`epochs` has to be an integer from 1 up, not {epochs!r}.")
+    check_epochs(epochs)
+    check_lr(lr)
     if not isinstance(freeze_to, Integral): raise ValueError(f"`freeze_to` has to be an integer, not {freeze_to!r}.")
     if not callable(fit) and fit not in FITS:
         raise ValueError(f"`fit` is one of {list(FITS)}, or a function of Learner and epochs, not {fit!r}.")
-    if not (lr is None or isinstance(lr, slice) and fit != 'fine_tune' or isinstance(lr, Real) and 0 < lr < inf):
-        raise ValueError(f"`lr` has to be a number above 0, a slice (but `fine_tune` makes its own), or None, not {lr!r}.")
+    if fit == 'fine_tune' and isinstance(lr, slice):
+        raise ValueError(f"`lr` has to be a number for `fine_tune`, which makes slices of it, not {lr!r}.")
     if fit == 'fine_tune' and freeze_to != -1:
         raise ValueError(f"`fine_tune` freezes to -1 whatever was set, so `freeze_to={freeze_to}` would do nothing: choose another `fit`.")
 

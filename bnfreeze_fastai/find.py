@@ -8,13 +8,11 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['FIND', 'default_candidates', 'Found']
 
-# %% ../nbs/07b_find.ipynb #a26cbb07
+# %% ../nbs/07b_find.ipynb #20da2951
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from glob import escape
 from itertools import product
-from math import inf
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,22 +32,16 @@ from .loaders import batch_size, check_loader, in_order, n_samples
 from .plots import plot_bn_drift, plot_trials
 from .policy import Policy, frozen_groups, layer_groups
 from .restore import kept_rng, reseed
-from .runs import as_seeds, check_policies, n_batches, pretrained_layers, throughout
+from .runs import as_seeds, check_epochs, check_lr, check_policies, n_batches, pretrained_layers, put_policy, throughout
 from .trials import TrainBatches, compress_momentum, sample_losses, trial_copy
 
-# %% ../nbs/07b_find.ipynb #87c96fa0
+# %% ../nbs/07b_find.ipynb #23ca940b
 def _distinct_modes(layers:Iterable[nn.Module]) -> list[str]:
     layers = list(layers)
     has_stats,has_affine = any(map(keeps_stats, layers)),any(affine_params(l) for l in layers)
     effect = lambda mode: (has_stats and MODES[mode].updates_stats, has_affine and MODES[mode].trains_affine)
     effects = {effect(mode): mode for mode in ('stats-only', 'affine-only', 'frozen', 'train')} # the last of its modes names an effect
     return [mode for mode in MODES if mode in effects.values()]
-
-def _rules(policy:Policy, names:Iterable[str], mode:str) -> dict: # For `bn_above`
-    "`mode` for the layers `names`, and what `policy` says for the others"
-    rules = {escape(n): mode for n in names}
-    others = policy.bn_above if isinstance(policy.bn_above, Mapping) else {'*': policy.bn_above}
-    return {**rules, **{glob: m for glob,m in others.items() if glob not in rules}}
 
 def default_candidates(
     learn:Learner, # With an optimizer
@@ -62,9 +54,10 @@ def default_candidates(
     above = [n for n in pretrained_layers(learn) if n not in below]
     modes = {part: _distinct_modes(layers[n] for n in names) for part,names in (('below', below), ('above', above)) if names}
     if not modes: raise ValueError("There is nothing to choose: the model has no pretrained norm layers, and none in frozen groups.")
-    if 'above' not in modes: return {m: Policy(m, _rules(policy, below, m)) for m in modes['below']}
-    if 'below' not in modes: return {m: Policy(policy.bn, _rules(policy, above, m)) for m in modes['above']}
-    return {f'{m} / {a}': Policy(m, _rules(policy, above, a)) for m,a in product(modes['below'], modes['above'])}
+    keep = lambda mode,names: throughout(mode, names, policy.bn_above)
+    if 'above' not in modes: return {m: keep(m, below) for m in modes['below']}
+    if 'below' not in modes: return {m: keep(m, above)._replace(bn=policy.bn) for m in modes['above']}
+    return {f'{m} / {a}': keep(a, above)._replace(bn=m) for m,a in product(modes['below'], modes['above'])}
 
 # %% ../nbs/07b_find.ipynb #b38e6b76
 class Found(NamedTuple):
@@ -100,24 +93,20 @@ class Found(NamedTuple):
         if not self.shift.empty: plot_bn_drift(self.shift, ax=axs[0, 1]).set_ylabel('bn_shift, kl (nats)')
         return fig
 
-# %% ../nbs/07b_find.ipynb #3e213aba
+# %% ../nbs/07b_find.ipynb #57f70841
 FIND = 'find' # lr_find, for each candidate
 _LR_FIND_BATCHES,_SHIFT_BATCHES,_SEEDS_APART = 60,4,10_000
 
 def _check_numbers(epochs, cost, lr):
-    real = lambda v: isinstance(v, Real) and not isinstance(v, bool)
-    if not isinstance(epochs, Integral) or isinstance(epochs, bool) or epochs < 1:
-        raise ValueError(f"`epochs` is how many a full run would have: an integer from 1 up, not {epochs!r}.")
-    if not real(cost) or not 0 < cost <= 1: raise ValueError(f"`cost` is a part of full runs: more than 0, at most 1, not {cost!r}.")
-    rates = [r for r in (lr.start, lr.stop) if r is not None] if isinstance(lr, slice) else [] if lr is None or lr == FIND else [lr]
-    if isinstance(lr, slice) and not rates or not all(real(r) and 0 < r < inf for r in rates):
-        raise ValueError(f"`lr` is a learning rate, a slice of two, {FIND!r} for one per candidate, or None for the Learner's, not {lr!r}.")
+    check_epochs(epochs)
+    if not isinstance(cost, Real) or isinstance(cost, bool) or not 0 < cost <= 1:
+        raise ValueError(f"`cost` is a part of full runs: more than 0, at most 1, not {cost!r}.")
+    if lr != FIND: check_lr(lr, f" for the Learner's, or {FIND!r} for one per candidate")
 
 def _put(trial:Learner, policy):
     "Put a candidate onto a copy whose groups are frozen already"
-    if isinstance(policy, Policy): return trial.add_cb(BatchNormFreeze(*policy))
-    trial.freeze_to(sum(_frozen(trial))) # as fastai has it, whatever policy the Learner had
-    if callable(policy): policy(trial)
+    if isinstance(policy, Policy): trial.add_cb(BatchNormFreeze(*policy))
+    else: put_policy(trial, policy, sum(_frozen(trial))) # as fastai freezes, whatever policy the Learner had
 
 # %% ../nbs/07b_find.ipynb #87ba7bf1
 class _Search:
@@ -172,7 +161,7 @@ class _Search:
     def stacked(self) -> list[dict[str, np.ndarray]]: # For each round, candidate to losses of shape (seeds, samples)
         return [{name: np.stack(l) for name,l in losses.items()} for losses in self.losses]
 
-# %% ../nbs/07b_find.ipynb #29cdc395
+# %% ../nbs/07b_find.ipynb #0fd77965
 def _check_loaders(learn:Learner):
     for name,dl in zip(('training', 'validation'), learn.dls.loaders):
         check_loader(dl, name)
@@ -190,19 +179,16 @@ def _plan(n_candidates:int, n_seeds:int, cost:float, epochs:int, n_train:int, n_
 
 def _frozen(trial:Learner) -> list[bool]: return frozen_groups(trial.model, trial.opt.param_lists, trial.opt.frozen_idx)
 
-def _candidates(learn:Learner, policies) -> dict: # Name to policy, `'fastai'` or a function
-    cb = active_callback(learn)
-    with tempfile.TemporaryDirectory() as folder: trial = trial_copy(learn, Path(folder))
-    if policies is None: return default_candidates(trial, _frozen(trial), Policy() if cb is None else cb.bn_policy)
+def _candidates(trial:Learner, policies, current:Policy) -> dict: # Name to policy, `'fastai'` or a function
+    if policies is None: return default_candidates(trial, _frozen(trial), current)
     body = pretrained_layers(trial)
     return {name: throughout(p, body) if p in tuple(MODES) else p for name,p in check_policies(policies).items()}
 
-def _shift(learn:Learner, folder:Path) -> pd.DataFrame:
-    trial = trial_copy(learn, folder)
+def _shift(trial:Learner) -> pd.DataFrame:
     if any(map(keeps_stats, norm_layers(trial.model).values())): return trial.bn_shift(n_batches=_SHIFT_BATCHES)
     return pd.DataFrame(columns=['layer', 'mean_shift', 'log_var_ratio', 'kl'])
 
-# %% ../nbs/07b_find.ipynb #f8ff3240
+# %% ../nbs/07b_find.ipynb #2afa10ff
 @patch
 def bn_find(self:Learner,
     epochs:int=5, # How many a full run would have
@@ -216,11 +202,13 @@ def bn_find(self:Learner,
     refuse_setting(self)
     _check_numbers(epochs, cost, lr)
     _check_loaders(self)
-    seeds,(n_train,n_valid),policies = as_seeds(seeds, 2),n_batches(self),_candidates(self, policies)
-    if len(policies) < 2: raise ValueError(f"There is nothing to choose between: the only candidate is {', '.join(policies)}.")
-    rounds,full = _plan(len(policies), len(seeds), cost, epochs, n_train, n_valid)
+    seeds,(n_train,n_valid),cb = as_seeds(seeds, 2),n_batches(self),active_callback(self)
     with kept_rng(*self.dls.loaders), tempfile.TemporaryDirectory() as folder:
-        shift = _shift(self, Path(folder))
+        look = trial_copy(self, Path(folder))
+        policies = _candidates(look, policies, Policy() if cb is None else cb.bn_policy)
+        if len(policies) < 2: raise ValueError(f"There is nothing to choose between: the only candidate is {', '.join(policies)}.")
+        rounds,full = _plan(len(policies), len(seeds), cost, epochs, n_train, n_valid)
+        shift = _shift(look)
         search = _Search(self, policies, seeds, lr, epochs*n_train, Path(folder))
         n_trials = sum(r.candidates for r in rounds) * len(seeds)
         for _ in with_progress(search.run(rounds), n_trials, hasattr(self, 'progress')): pass

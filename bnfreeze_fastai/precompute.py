@@ -179,8 +179,7 @@ def precomputed(
     data = _data(learn, n_aug)
     left = psutil.virtual_memory().available // 2 if max_mem is None else max_mem
     with ExitStack() as stack:
-        with ready(learn), ExitStack() as rngs:
-            for d in data: rngs.enter_context(kept_rng(d.dl))
+        with ready(learn), kept_rng(*(d.dl for d in data)):
             cut = _find_and_check(learn, data)
             stores = _fill(learn, cut, data, left, dtype)
         cb = ServeFeatures(cut, [(source(d.dl), stores[d.name]) for d in data])

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['GROWING', 'NAN', 'write_whole', 'as_json', 'Results']
+__all__ = ['GROWING', 'NAN', 'write_whole', 'write_json', 'as_json', 'Results']
 
 # %% ../nbs/06b_results.ipynb #03235641
 import json, os
@@ -27,6 +27,14 @@ def write_whole(
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, path)
+
+# %% ../nbs/06b_results.ipynb #f36f3d33
+def write_json(
+    path:Path, # Of the file
+    settings:Mapping, # What JSON knows
+):
+    "Write `settings` to `path` in one step, for people to read"
+    write_whole(path, json.dumps(settings, indent=2, ensure_ascii=False) + '\n')
 
 # %% ../nbs/06b_results.ipynb #29cb3ab2
 GROWING,NAN = 'policies','nan'
@@ -50,7 +58,7 @@ def _differing(old:dict, new:dict) -> list[str]: # What differs, in words
     others = sorted((old.keys() | new.keys()) - {GROWING})
     return tell(old, new, others) + tell(old.get(GROWING, {}), new.get(GROWING, {}), sorted(shared), 'policy ')
 
-# %% ../nbs/06b_results.ipynb #68eff06e
+# %% ../nbs/06b_results.ipynb #1b93a752
 class Results:
     "Finished runs in a CSV file, with their settings in a JSON file of the same name"
     def __init__(self,
@@ -94,5 +102,5 @@ class Results:
         self.df = pd.concat([self.df, pd.DataFrame(rows)], ignore_index=True)
         if self.path is None: return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path.with_suffix('.json'), json.dumps(self.settings, indent=2, ensure_ascii=False) + '\n')
+        write_json(self.path.with_suffix('.json'), self.settings)
         write_whole(self.path, self.df.to_csv(index=False, na_rep=NAN))

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['FASTAI', 'FITS', 'check_policies', 'pretrained_layers', 'throughout', 'put_policy', 'as_seeds', 'weights_hash',
-           'new_learner', 'n_batches', 'EpochRows', 'run_policy']
+__all__ = ['FASTAI', 'FITS', 'check_policies', 'pretrained_layers', 'throughout', 'put_policy', 'check_epochs', 'check_lr',
+           'as_seeds', 'weights_hash', 'new_learner', 'n_batches', 'EpochRows', 'run_policy']
 
-# %% ../nbs/06a_runs.ipynb #4b3e6d7e
+# %% ../nbs/06a_runs.ipynb #74b0b6e7
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from glob import escape
 from inspect import signature
-from numbers import Integral
+from math import inf
+from numbers import Integral, Real
 from operator import index
 
 from fastai.callback.core import Callback
@@ -59,7 +60,7 @@ def check_policies(
     if not named: raise ValueError("There is no policy to run: give one or more, or None for fastai's own and the four modes.")
     return {str(name): _check_one(name, policy) for name,policy in named.items()}
 
-# %% ../nbs/06a_runs.ipynb #5410be28
+# %% ../nbs/06a_runs.ipynb #97b738a3
 def pretrained_layers(
     learn:Learner, # With an optimizer
 ) -> list[str]: # Dotted names
@@ -71,9 +72,12 @@ def pretrained_layers(
 def throughout(
     mode:str, # One of the four
     names:Iterable[str], # Of norm layers
+    others:str|Mapping='train', # For all others once they train: a mode, or a dict of globs to modes
 ) -> Policy:
-    "The policy that keeps the layers `names` in `mode`, frozen or not, and trains all others"
-    return Policy(mode, {**{escape(n): mode for n in names}, '*': 'train'})
+    "The policy that keeps the layers `names` in `mode`, frozen or not"
+    rules = {escape(n): mode for n in names}
+    if isinstance(others, str): others = {'*': others}
+    return Policy(mode, {**rules, **{glob: m for glob,m in others.items() if glob not in rules}})
 
 def put_policy(
     learn:Learner, # A callback of ours that it has is taken off
@@ -88,6 +92,23 @@ def put_policy(
     if learn.opt is None: learn.create_opt()
     if isinstance(policy, str): policy = throughout(policy, pretrained_layers(learn))
     learn.freeze_to_bn(n, **policy._asdict())
+
+# %% ../nbs/06a_runs.ipynb #b7e2ecc1
+def check_epochs(
+    epochs:int, # Anything
+):
+    "Raise `ValueError` unless `epochs` is an integer from 1 up"
+    if isinstance(epochs, Integral) and not isinstance(epochs, bool) and epochs >= 1: return
+    raise ValueError(f"`epochs` has to be an integer from 1 up, not {epochs!r}.")
+
+def check_lr(
+    lr:float|slice|None, # Anything
+    also:str='', # What else is allowed, in words
+):
+    "Raise `ValueError` unless `lr` is a learning rate, a slice of one or two, or `None`"
+    rates = [r for r in (lr.start, lr.stop) if r is not None] if isinstance(lr, slice) else [lr]
+    if lr is None or rates and all(isinstance(r, Real) and not isinstance(r, bool) and 0 < r < inf for r in rates): return
+    raise ValueError(f"`lr` has to be a number above 0, a slice of such, or None{also}, not {lr!r}.")
 
 # %% ../nbs/06a_runs.ipynb #30299af7
 def as_seeds(
