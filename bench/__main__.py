@@ -1,4 +1,4 @@
-"""All benchmarks, or those named: `python -m bench [head] [recalibration] [precompute] [frozen_part]`. Run by `make bench`.
+"""All benchmarks, or those named: `python -m bench [head] [recalibration] [precompute] [frozen_part] [fusion]`. Run by `make bench`.
 
 Variants are timed in turn, round after round, and told as ratios: machines are noisy. Nothing here fails on time."""
 
@@ -6,7 +6,7 @@ import os, platform, sys, warnings
 
 import pandas as pd, torch
 
-from bench import frozen_part, head, precompute, recalibration
+from bench import frozen_part, fusion, head, precompute, recalibration
 from bench.measure import BATCH, SIZE
 
 PARTS = {
@@ -14,13 +14,14 @@ PARTS = {
     'recalibration': (recalibration, ('resnet18', 'resnet50')),
     'precompute': (precompute, ('resnet34',)),
     'frozen_part': (frozen_part, ('resnet34', 'resnet50', 'mobilenet_v3_large', 'efficientnet_b0')),
+    'fusion': (fusion, ('resnet50',)),
 }
 
 if __name__ == '__main__':
     warnings.simplefilter('ignore')
     print(
         f'{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads; '
-        f'{SIZE} px, batches of {BATCH}, random weights, variants in turn'
+        f'{SIZE} px, batches of {BATCH} unless told otherwise, random weights, variants in turn'
     )
     for name in sys.argv[1:] or PARTS:
         part, archs = PARTS[name]

@@ -6,6 +6,8 @@ from .differences import *
 from .drift import *
 from .find import *
 from .fixed import *
+from .fuse import *
+from .fuse_callback import *
 from .learner import *
 from .plots import *
 from .policy import *

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['MODES', 'BN_TYPES', 'NORM_TYPES', 'Mode', 'check_mode', 'is_frozen_norm', 'keeps_stats', 'affine_params',
-           'stats_buffers', 'named_modules', 'is_compiled', 'norm_layers', 'norm_params', 'bn_layers', 'check_glob',
-           'forget_copied_holds', 'held_stats', 'never_trained', 'warn_fixed_stats', 'set_affine', 'set_bn_mode',
-           'bn_mode', 'hold_bn_mode']
+           'stats_buffers', 'named_modules', 'is_compiled', 'refuse_compiled', 'norm_layers', 'norm_params',
+           'bn_layers', 'check_glob', 'forget_copied_holds', 'held_stats', 'never_trained', 'warn_fixed_stats',
+           'set_affine', 'set_bn_mode', 'bn_mode', 'hold_bn_mode']
 
 # %% ../nbs/00_core.ipynb #07161936
 import warnings
@@ -96,12 +96,19 @@ def named_modules(
     _walk(model, '', set(), found := {})
     return found
 
-# %% ../nbs/00_core.ipynb #97b3fb0e
+# %% ../nbs/00_core.ipynb #aa2f8ca7
 def is_compiled(
     model:nn.Module,
 ) -> bool:
     "Whether `torch.compile` was applied to `model` or a part of it"
     return any('_orig_mod' in dict(m.named_children()) or m._compiled_call_impl is not None for m in model.modules())
+
+def refuse_compiled(
+    model:nn.Module,
+    why:str, # The rest of the sentence, with the remedy
+):
+    "Raise `ValueError` if `model` was compiled"
+    if is_compiled(model): raise ValueError(f"The model was compiled (`torch.compile`), {why}")
 
 # %% ../nbs/00_core.ipynb #0b833595
 def norm_layers(

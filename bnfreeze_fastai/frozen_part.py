@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['frozen_and_trained', 'refuse_setting', 'one_input', 'device_of', 'autocast', 'relative_error', 'check_features',
            'find_frozen_part', 'fingerprints', 'unchanging', 'WatchFrozen', 'ready']
 
-# %% ../nbs/03b_frozen_part.ipynb #7bd1cd3e
+# %% ../nbs/03b_frozen_part.ipynb #a23ec511
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -22,8 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import model_inputs
 from .callback import frozen_in_force, modes_in_force
-from .core import (MODES, affine_params, bn_layers, held_stats, is_compiled, keeps_stats,
-                                  norm_layers)
+from .core import MODES, affine_params, bn_layers, held_stats, keeps_stats, norm_layers, refuse_compiled
 from .cut import Cut, check_cut, find_cut, holds_any, is_resumable
 from .fixed import fingerprint
 from .policy import layer_groups
@@ -56,7 +55,7 @@ def frozen_and_trained(
     trained |= {l for n,l in layers.items() if n not in frozen_layers}
     return {*model.parameters(), *layers.values()} - trained, trained
 
-# %% ../nbs/03b_frozen_part.ipynb #a61dadca
+# %% ../nbs/03b_frozen_part.ipynb #658ef49f
 def refuse_setting(learn:Learner):
     "Raise `ValueError` where the model does not run as one module in this process"
     names = ('DistributedTrainer', 'ParallelTrainer') # to import these classes takes accelerate
@@ -65,8 +64,7 @@ def refuse_setting(learn:Learner):
     if spread or wrapped or is_distributed():
         what = ', '.join(spread) or type(learn.model).__name__
         raise ValueError(f"A distributed fit ({what}) does not work with this: train the head in one process, and go on from there.")
-    if is_compiled(learn.model):
-        raise ValueError("The model was compiled (`torch.compile`), which would run the whole of it: compile it after this.")
+    refuse_compiled(learn.model, "which would run the whole of it: compile it after this.")
 
 # %% ../nbs/03b_frozen_part.ipynb #b9a1f45f
 def one_input(

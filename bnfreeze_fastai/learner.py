@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['BatchNormSummary']
 
-# %% ../nbs/06_learner.ipynb #018f725d
+# %% ../nbs/06_learner.ipynb #0479bb3f
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -27,6 +27,8 @@ from .callback import BatchNormFreeze, active_callback, frozen_in_force, modes_i
 from .core import affine_params, norm_layers, stats_buffers
 from .drift import BatchNormDrift
 from .fixed import level_slow_weights
+from .fuse import refuse_fusion
+from .fuse_callback import BatchNormFuse
 from .loaders import as_in_fit
 from .policy import Policy, check_policy, layer_groups
 from .precompute import precomputed
@@ -209,3 +211,11 @@ def precompute(self:Learner,
 def fold_frozen(self:Learner) -> AbstractContextManager[Learner]: # `self`; entering raises `ValueError` where it would not be exact to 1e-4
     "Run the frozen part in `channels_last`, with batch norm folded into the convolutions: `with learn.fold_frozen(): learn.fit(5)`"
     return fold.fold_frozen(self)
+
+# %% ../nbs/06_learner.ipynb #422f8f2a
+@patch
+def fuse_bn(self:Learner) -> Learner: # `self`; `ValueError` for a model that was compiled or is in `DataParallel`
+    "In every fit, run convolutions and the batch norm on fixed statistics after them as one, until `learn.remove_cb(BatchNormFuse)`"
+    refuse_fusion(self.model)
+    if not any(isinstance(cb, BatchNormFuse) for cb in self.cbs): self.add_cb(BatchNormFuse())
+    return self

@@ -74,6 +74,23 @@ def check_sabotage():
         raise AssertionError('no error')
 
 
+def check_fusion(sync_bn):
+    learns = []
+    for fuse in (False, True):
+        learn = ranked_learner(sync_bn, opt_func=OPTIMIZERS['sgd']).freeze_to_bn(0, bn_above='affine-only')
+        if fuse:
+            learn.fuse_bn()
+        set_seed(1)
+        learn.dls.train.rng.seed(1)
+        learn.fit(2, 1e-2)
+        learns.append(learn)
+    plain, fused = learns
+    assert fused.batch_norm_fuse.pairs.batch_norm.tolist() == ['0.1', '0.4']
+    for p, q in zip(fused.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
+    assert same(rank0(fused.model.parameters()), list(fused.model.parameters())), 'ranks differ'
+
+
 def share(rank):
     "Batches of one rank: sizes and values differ"
     g = torch.Generator().manual_seed(rank)
@@ -146,6 +163,8 @@ if __name__ == '__main__':
     for mode in ('frozen', 'affine-only'):
         check(mode, 'affine-only', True, 'adam')  # SyncBatchNorm in training mode needs a GPU
     check_sabotage()
+    for sync_bn in (False, True):
+        check_fusion(sync_bn)
     check_statistics()
     dist.barrier()
     if not dist.get_rank():
