@@ -249,6 +249,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'bnfreeze_fastai.deferred.Uses': ('deferred.html#uses', 'bnfreeze_fastai/deferred.py'),
                                           'bnfreeze_fastai.deferred.Uses.__init__': ( 'deferred.html#uses.__init__',
                                                                                       'bnfreeze_fastai/deferred.py'),
+                                          'bnfreeze_fastai.deferred.Uses.backward': ( 'deferred.html#uses.backward',
+                                                                                      'bnfreeze_fastai/deferred.py'),
                                           'bnfreeze_fastai.deferred.Uses.look': ('deferred.html#uses.look', 'bnfreeze_fastai/deferred.py'),
                                           'bnfreeze_fastai.deferred._DeferredFunction': ( 'deferred.html#_deferredfunction',
                                                                                           'bnfreeze_fastai/deferred.py'),

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from .convolution import FUNCTIONS, Operation, ScaledConvolution, as_operation, autocast_dtype, kernel_scale, scale_and_shift
 
-# %% ../nbs/02e_deferred.ipynb #814c9aa9
+# %% ../nbs/02e_deferred.ipynb #36551d2c
 class Uses:
     "What became of the outputs of a convolution"
     def __init__(self,
@@ -31,7 +31,9 @@ class Uses:
     def look(self):
         if not self.looked_at: self.looked_at,self.had_backward = True,False
 
-# %% ../nbs/02e_deferred.ipynb #3ad4a021
+    def backward(self, *_): self.had_backward = True
+
+# %% ../nbs/02e_deferred.ipynb #9a872136
 class DeferredCall:
     "A convolution that was called"
     def __init__(self, op:Operation, x:Tensor, weight:Tensor, bias:Tensor|None, uses:Uses):
@@ -53,7 +55,7 @@ class DeferredCall:
         with torch.inference_mode(False), torch.no_grad(): return self.op(self.x, self._kernel(), bias)
 
     def gradients(self, dy:Tensor, needed:list[bool]) -> list[Tensor|None]: # Of input, weight and bias
-        self.uses.had_backward = True
+        self.uses.backward()
         self.check(needs_input=needed[1], needs_weight=needed[0])
         return self.op.gradients(dy, self.x, self._kernel(), needed)
 
@@ -63,8 +65,7 @@ class DeferredCall:
         self.uses.norms.add(self.uses.names.get(mean))
         scale,bias = scale_and_shift(mean, var, gamma, beta, eps, self.bias)
         out = ScaledConvolution.apply(self.op, self.x, self.weight, kernel_scale(scale, self.op, self.weight.shape), bias)
-        uses = self.uses
-        if out.requires_grad: out.register_hook(lambda _: setattr(uses, 'had_backward', True))
+        if out.requires_grad: out.register_hook(self.uses.backward)
         return out
 
 # %% ../nbs/02e_deferred.ipynb #f74c217f

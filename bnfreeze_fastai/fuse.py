@@ -8,8 +8,8 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['Fusion', 'refuse_fusion', 'fused_bn', 'kept_bytes']
 
-# %% ../nbs/02f_fuse.ipynb #40cd38ed
-from collections.abc import Iterator
+# %% ../nbs/02f_fuse.ipynb #9b30cd54
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import pandas as pd, torch
@@ -24,7 +24,7 @@ from .core import keeps_stats, named_modules, norm_layers, refuse_compiled
 from .deferred import Deferred, Uses, defer
 from .restore import standing_in
 
-# %% ../nbs/02f_fuse.ipynb #69e09e12
+# %% ../nbs/02f_fuse.ipynb #e5074810
 class _Deferring(TorchFunctionMode):
     def __init__(self, uses:Uses):
         super().__init__()
@@ -36,17 +36,17 @@ class _Deferring(TorchFunctionMode):
 
 class _Site:
     "Stands in for the `forward` of a convolution, and defers its output; in a copy or pickle it only calls it"
-    fusion,uses = None,None
-    def __init__(self, conv:nn.Module, fusion:Fusion): self.conv,self.fusion,self.uses = conv,fusion,Uses(fusion.names)
+    defers,uses = False,None
+    def __init__(self, conv:nn.Module, names:Mapping[Tensor, str]): self.conv,self.defers,self.uses = conv,True,Uses(names)
 
     def __call__(self, *args, **kwargs):
         self.settle()
-        with nullcontext() if self.fusion is None else _Deferring(self.uses): return type(self.conv).forward(self.conv, *args, **kwargs)
+        with _Deferring(self.uses) if self.defers else nullcontext(): return type(self.conv).forward(self.conv, *args, **kwargs)
 
     def settle(self):
         "Leave the convolution alone from now on if something other than batch norm has used its output, and that is over"
         in_backward = torch._C._current_graph_task_id() != -1 # in which checkpointing repeats what was done
-        if self.fusion is not None and self.uses.looked_at and self.uses.had_backward and not in_backward: self.fusion = None
+        if self.defers and self.uses.looked_at and self.uses.had_backward and not in_backward: self.defers = False
 
     def __getstate__(self): return {'conv': self.conv}
 
@@ -55,18 +55,18 @@ def _forget_copied(conv:nn.Module):
     own = vars(conv).get('forward')
     if isinstance(own, _Site) and own.uses is None: del conv.forward
 
-# %% ../nbs/02f_fuse.ipynb #a6578526
+# %% ../nbs/02f_fuse.ipynb #35fa99fe
 class Fusion:
     "Which convolutions of a model run as one with batch norm"
     def __init__(self, model:nn.Module):
-        self.names = {l.running_mean: n for n,l in norm_layers(model).items() if keeps_stats(l)}
-        sizes = {len(mean) for mean in self.names if not is_lazy(mean)}
+        names = {l.running_mean: n for n,l in norm_layers(model).items() if keeps_stats(l)}
+        sizes = {len(mean) for mean in names if not is_lazy(mean)}
         n_out = lambda m: m.out_features if isinstance(m, nn.Linear) else m.out_channels
         convs = {n: m for n,m in named_modules(model).items() if isinstance(m, (_ConvNd, nn.Linear)) and n_out(m) in sizes}
         for m in convs.values(): _forget_copied(m)
-        self.sites = {n: _Site(m, self) for n,m in convs.items() if 'forward' not in vars(m)}
+        self.sites = {n: _Site(m, names) for n,m in convs.items() if 'forward' not in vars(m)}
 
-    def finish(self, model, args, output): # after one
+    def finish(self, model, args, output): # after a forward pass
         for site in self.sites.values():
             for out in list(site.uses.outputs.values()): out.value()
         if any(isinstance(t, Deferred) for t in tree_iter(output)):
@@ -78,7 +78,7 @@ class Fusion:
         found = [(n, norm) for n,site in self.sites.items() if not site.uses.looked_at for norm in sorted(site.uses.norms, key=str)]
         return pd.DataFrame(found, columns=['convolution', 'batch_norm'])
 
-    def __getstate__(self): return dict(names={}, sites={}) # of a copy of the model, which fuses nothing
+    def __getstate__(self): return dict(sites={}) # of a copy of the model, which fuses nothing
 
 def refuse_fusion(
     model:nn.Module,
