@@ -33,7 +33,7 @@ class Uses:
 
     def backward(self, *_): self.had_backward = True
 
-# %% ../nbs/02e_deferred.ipynb #9a872136
+# %% ../nbs/02e_deferred.ipynb #85960368
 class DeferredCall:
     "A convolution that was called"
     def __init__(self, op:Operation, x:Tensor, weight:Tensor, bias:Tensor|None, uses:Uses):
@@ -52,7 +52,7 @@ class DeferredCall:
     def compute(self) -> Tensor: # Without a gradient
         self.check()
         bias = None if self.bias is None else self.bias.to(self.x.dtype)
-        with torch.inference_mode(False), torch.no_grad(): return self.op(self.x, self._kernel(), bias)
+        with torch.no_grad(): return self.op(self.x, self._kernel(), bias)
 
     def gradients(self, dy:Tensor, needed:list[bool]) -> list[Tensor|None]: # Of input, weight and bias
         self.uses.backward()

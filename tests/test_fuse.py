@@ -819,6 +819,44 @@ def test_errors_are_those_of_pytorch(norm):
         assert messages[0] == messages[1]
 
 
+class OneMean(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean[:1], self.running_var[:1])
+
+
+def test_one_value_for_all_channels_is_an_error_as_in_pytorch():
+    x = torch.randn(2, 3, 8, 8)
+    one_bias = nn.Conv2d(3, 4, 3)
+    one_bias.bias = nn.Parameter(torch.zeros(1))
+    for layers in ([nn.Conv2d(3, 4, 3), OneMean(4)], [one_bias, nn.BatchNorm2d(4)]):
+        model = nn.Sequential(*layers).eval()
+        for block in (nullcontext(), fused_bn(model)):
+            with block, pytest.raises(RuntimeError, match='expect|elements'):
+                model(x)
+
+
+def test_looked_at_after_batch_norm_it_is_left_alone_from_the_next_step_on():
+    class Logs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.types = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), []
+
+        def forward(self, x):
+            y = self.conv(x)
+            z = self.norm(y)
+            self.types.append(type(y))
+            self.mean = y.detach().mean()
+            return z
+
+    x = torch.randn(2, 3, 8, 8)
+    model = prepare(Logs(), x)
+    model.types.clear()
+    with fused_bn(model) as fusion:
+        for _ in range(3):
+            run(model, x)
+    assert model.types == [Deferred, torch.Tensor, torch.Tensor] and fusion.pairs.empty
+
+
 @pytest.mark.parametrize('leave', [None, ZeroDivisionError, KeyboardInterrupt])
 def test_nothing_is_left(leave):
     x = torch.randn(4, 3, 8, 8)
