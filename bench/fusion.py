@@ -63,7 +63,7 @@ def compare_kept(arch):
 
 
 def memory_of(arch, name):
-    "MiB that a step adds at its peak to a process that has taken one on a single image"
+    "MiB that a step adds at its peak to a process that has taken one on two images"
     model, x, y = make(arch)
     step(VARIANTS[name], model, x[:2], y[:2])
     return added_memory(step, VARIANTS[name], model, x, y)

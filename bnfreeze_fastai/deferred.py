@@ -33,11 +33,11 @@ class Uses:
 
     def backward(self, *_): self.had_backward = True
 
-# %% ../nbs/02e_deferred.ipynb #85960368
+# %% ../nbs/02e_deferred.ipynb #45013f26
 class DeferredCall:
     "A convolution that was called"
-    def __init__(self, op:Operation, x:Tensor, weight:Tensor, bias:Tensor|None, uses:Uses):
-        self.op,self.x,self.weight,self.bias,self.uses = op,x.to(autocast_dtype(x) or x.dtype),weight,bias,uses
+    def __init__(self, op:Operation, shape:tuple, x:Tensor, weight:Tensor, bias:Tensor|None, uses:Uses):
+        self.op,self.shape,self.x,self.weight,self.bias,self.uses = op,shape,x,weight,bias,uses # shape of the output
         self._versions = {'input': self.x._version, 'weight': weight._version}
 
     def check(self, needs_input:bool=True, needs_weight:bool=True):
@@ -78,7 +78,7 @@ class _DeferredFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy:Tensor) -> tuple[Tensor|None, ...]: return None, *ctx.call.gradients(dy, ctx.needs_input_grad[1:])
 
-# %% ../nbs/02e_deferred.ipynb #265b087d
+# %% ../nbs/02e_deferred.ipynb #a9e296c9
 _NEED_NO_VALUES = {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, *(getattr(Tensor, name).__get__ for name in (
     'shape', 'ndim', 'dtype', 'device', 'layout', 'is_cuda', 'requires_grad', 'is_leaf', 'grad', '_version'))}
 _ABOUT_AUTOGRAD = {Tensor.register_hook, Tensor.retain_grad, Tensor.detach_, Tensor.requires_grad_, Tensor.requires_grad.__set__,
@@ -99,8 +99,7 @@ class Deferred(Tensor):
     "The output of a convolution that is computed when first used"
     @staticmethod
     def __new__(cls, call:DeferredCall):
-        shape = call.op.output_shape(call.x.shape, call.weight.shape)
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=call.x.dtype, device=call.x.device)
+        return Tensor._make_wrapper_subclass(cls, call.shape, dtype=call.x.dtype, device=call.x.device)
 
     def __init__(self, call:DeferredCall): self.call,self.fused_with,self.looked_at,self._value = call,set(),False,None
 
@@ -148,7 +147,7 @@ class Deferred(Tensor):
         args,kwargs = tree_map(lambda t: t.value() if isinstance(t, cls) else t, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-# %% ../nbs/02e_deferred.ipynb #23577e27
+# %% ../nbs/02e_deferred.ipynb #3e7e96b7
 def defer(
     uses:Uses, # Takes what becomes of the output
     func, # One of `FUNCTIONS`
@@ -165,9 +164,11 @@ def defer(
 def _deferred_call(uses:Uses, func, input:Tensor, weight:Tensor, bias:Tensor|None, *args, **kwargs) -> DeferredCall|None:
     records = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
     batched = input.dim() == weight.dim() == FUNCTIONS[func][0] + 2
-    one_type = autocast_dtype(input) or all(t.dtype == input.dtype for t in (weight, bias) if t is not None)
+    autocast = autocast_dtype(input)
+    one_type = autocast or all(t.dtype == input.dtype for t in (weight, bias) if t is not None)
     if not records or not batched or not one_type or not input.is_floating_point(): return None
     try: op = as_operation(func, weight.shape, *args, **kwargs)
     except (TypeError, ValueError): return None # whatever PyTorch makes of it
     shape = None if op is None else op.output_shape(input.shape, weight.shape)
-    return None if shape is None or bias is not None and bias.shape != shape[1:2] else DeferredCall(op, input, weight, bias, uses)
+    if shape is None or bias is not None and bias.shape != shape[1:2]: return None
+    return DeferredCall(op, shape, input.to(autocast or input.dtype), weight, bias, uses)

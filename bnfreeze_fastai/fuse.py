@@ -55,7 +55,7 @@ def _forget_copied(conv:nn.Module):
     own = vars(conv).get('forward')
     if isinstance(own, _Site) and own.uses is None: del conv.forward
 
-# %% ../nbs/02f_fuse.ipynb #35fa99fe
+# %% ../nbs/02f_fuse.ipynb #846f52d3
 class Fusion:
     "Which convolutions of a model run as one with batch norm"
     def __init__(self, model:nn.Module):
@@ -94,10 +94,10 @@ def fused_bn(
 ) -> Iterator[Fusion]: # Its `pairs` tell what was fused
     "Run each convolution and the batch norm on fixed statistics after it as one, in forward and backward passes inside the block"
     refuse_fusion(model)
-    fusion,modules = Fusion(model),named_modules(model)
+    fusion = Fusion(model)
     with ExitStack() as stack:
         stack.callback(model.register_forward_hook(fusion.finish).remove)
-        for n,site in fusion.sites.items(): stack.enter_context(standing_in(modules[n], {'forward': site}))
+        for site in fusion.sites.values(): stack.enter_context(standing_in(site.conv, {'forward': site}))
         yield fusion
 
 # %% ../nbs/02f_fuse.ipynb #22c57df5

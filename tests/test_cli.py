@@ -118,18 +118,27 @@ def test_compare_in_two_processes_gives_the_same(pets):
     pd.testing.assert_frame_equal(*tables, rtol=1e-5)
 
 
+def press_ctrl_c(process):
+    "Again if need be: Python loses an interrupt that falls into its own clean-up after a fork, and loaders fork"
+    while True:
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            pass
+
+
 def test_compare_is_stopped_and_goes_on(pets):
-    args = [COMMAND, 'compare', 'pets', *SMALL, '--epochs', '6', '--seeds', '4', '--out', 'found']
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    args = lambda seeds: [COMMAND, 'compare', 'pets', *SMALL, '--epochs', '6', '--seeds', seeds, '--out', 'found']
+    process = subprocess.Popen(args('200'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not Path('found/results.csv').exists() and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
+    out, err = press_ctrl_c(process)
     assert process.returncode == 0 and 'runs are missing' in out, err
     kept = pd.read_csv('found/results.csv')
-    assert subprocess.run(args, capture_output=True).returncode == 0
+    assert subprocess.run(args('4'), capture_output=True).returncode == 0
     whole = pd.read_csv('found/results.csv')
-    assert len(whole) == 5 * 4 * 7 and whole[: len(kept)].equals(kept)
+    assert (whole['seed'] < 4).sum() == 5 * 4 * 7 and whole[: len(kept)].equals(kept)
 
 
 def test_find(pets):
