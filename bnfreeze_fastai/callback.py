@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['active_callback', 'BatchNormFreeze', 'as_groups', 'frozen_in_force', 'modes_in_force']
+__all__ = ['active_callback', 'BatchNormFreeze', 'as_groups', 'frozen_in_force', 'modes_in_force', 'planned_modes']
 
-# %% ../nbs/03_callback.ipynb #45ce2a04
+# %% ../nbs/03_callback.ipynb #e7b03ba2
 import warnings
 from contextlib import ExitStack
 
@@ -24,7 +24,8 @@ from torch.nn.parameter import is_lazy
 from .core import (MODES, affine_params, bn_mode, forget_copied_holds, held_stats, is_compiled, is_frozen_norm,
                                   norm_layers, norm_params, set_affine, stats_buffers, warn_fixed_stats)
 from .fixed import all_ranks, drop_grads, fingerprint, level_slow_weights, named_tensors
-from .policy import Policy, check_policy, frozen_groups, layer_modes
+from .policy import Policy, check_policy, check_schedule, frozen_groups, layer_modes, stages
+from .ranks import is_distributed
 from .stats import snapshot
 
 # %% ../nbs/03_callback.ipynb #5a8fb06b
@@ -34,31 +35,33 @@ def active_callback(
     "The `BatchNormFreeze` whose policy is in force"
     return next((cb for cb in reversed(learn.cbs) if isinstance(cb, BatchNormFreeze)), None)
 
-# %% ../nbs/03_callback.ipynb #20a61680
+# %% ../nbs/03_callback.ipynb #fd23b814
 class BatchNormFreeze(Callback):
     "Keep the batch norm modes of a policy in every fit of a Learner, relative to its freeze point"
     order = TrainEvalCallback.order+1 # just after the switch to train mode, before anything that wraps the model or swaps its weights
     run_valid = False
-    _learn,_stateattrs = None,('_held', '_frozen_at', '_fixed', '_prints', '_opt', '_idx', '_pending', '_traced')
+    _learn,_stateattrs = None,('_held', '_frozen_at', '_fixed', '_prints', '_opt', '_idx', '_pending', '_traced', '_stage')
 
     def __init__(self,
         bn:str|dict='frozen', # Mode of norm layers in frozen groups, or a dict of globs over layer names to modes
         bn_above:str|dict='train', # The same for trained groups
         verify:bool=True, # Check after each training epoch that what is fixed has not changed, and raise `RuntimeError` if it has?
+        schedule:dict=None, # Fraction of a fit to what changes from there on, such as `{0.7: dict(bn_above='affine-only')}`
     ):
         self._init_state()
         self._n,self._groups,self._fixed_params,self._found,self._warned = 0,[],[],{},set()
         self.bn_policy,self.bn_start,self.verify = check_policy(Policy(bn, bn_above)),{},verify
+        self.schedule,self.schedule_log = check_schedule(schedule),{} # the log: fraction to epoch and batch of the last fit
 
     def _init_state(self):
         self._held,self._frozen_at,self._fixed,self._prints,self._pending = ExitStack(),None,None,{},False
-        self._opt,self._idx,self._traced = None,0,frozenset()
+        self._opt,self._idx,self._traced,self._stage = None,0,frozenset(),0
 
     @property
     def learn(self): return self._learn
     @learn.setter
     def learn(self, learn):
-        if learn is not None: check_policy(self.bn_policy, learn.model)
+        if learn is not None: check_policy(self.bn_policy, learn.model),check_schedule(self.schedule, learn.model)
         if self._learn is not None: self._detach()
         self._learn = learn
         if learn is not None: self._attach()
@@ -142,13 +145,20 @@ def frozen(self:BatchNormFreeze) -> list[bool]: # For each parameter group of th
     self._idx = opt.frozen_idx
     return frozen_groups(self.model, opt.param_lists, self._n)
 
-# %% ../nbs/03_callback.ipynb #d741be21
+# %% ../nbs/03_callback.ipynb #13538dd6
 @patch
-def modes(self:BatchNormFreeze) -> dict[str, str]: # Name of each norm layer to its mode
-    "The mode that the policy gives every norm layer of the Learner's model at the freeze point in force"
-    return layer_modes(self.model, self.opt.param_lists, self.frozen(), self.bn_policy)
+def policies(self:BatchNormFreeze) -> list[tuple[float, Policy]]: # From which fraction of it on, which policy
+    "The policies of a fit; `lr_find`, which compares the batches of one fit, has but one"
+    return stages(self.bn_policy, {} if hasattr(self.learn, 'lr_finder') else self.schedule)
 
-# %% ../nbs/03_callback.ipynb #128f278b
+@patch
+def modes(self:BatchNormFreeze,
+    policy:Policy=None, # The one in force if not given
+) -> dict[str, str]: # Name of each norm layer to its mode
+    "The mode that the policy gives every norm layer of the Learner's model at the freeze point in force"
+    return layer_modes(self.model, self.opt.param_lists, self.frozen(), policy or self.policies()[self._stage][1])
+
+# %% ../nbs/03_callback.ipynb #602168e6
 def frozen_in_force(
     learn:Learner, # With an optimizer
 ) -> list[bool]: # For each parameter group, whether it is frozen
@@ -163,14 +173,20 @@ def modes_in_force(
     cb = active_callback(learn)
     return {n: bn_mode(l) for n,l in norm_layers(learn.model).items()} if cb is None else cb.modes()
 
-# %% ../nbs/03_callback.ipynb #764e6604
+def planned_modes(
+    learn:Learner, # With an optimizer
+) -> list[dict[str, str]]: # Name of each norm layer to its mode, for each stage
+    "The modes of all stages of the next fit, with or without a policy"
+    cb = active_callback(learn)
+    return [modes_in_force(learn)] if cb is None else [cb.modes(policy) for _,policy in cb.policies()]
+
+# %% ../nbs/03_callback.ipynb #b33fb647
 @patch
 def apply(self:BatchNormFreeze,
     leave:set[nn.Parameter]=frozenset(), # Norm layers' parameters that stay as they are
 ) -> dict[str, str]: # Name of each norm layer to its mode
     "Put the policy onto the tensors now, as every fit does: `requires_grad` of norm layers, and no gradient left on what is fixed"
-    groups,frozen,layers = self.opt.param_lists,self.frozen(),norm_layers(self.model)
-    modes = layer_modes(self.model, groups, frozen, self.bn_policy)
+    groups,frozen,modes,layers = self.opt.param_lists,self.frozen(),self.modes(),norm_layers(self.model)
     set_affine({layers[n]: mode for n,mode in modes.items()}, among={p for group in groups for p in group} - leave)
     by_policy = {p for n,mode in modes.items() if not MODES[mode].trains_affine for p in affine_params(layers[n])}
     by_group = {p for group,is_frozen in zip(groups, frozen) if is_frozen for p in group if not p.requires_grad}
@@ -183,14 +199,14 @@ def apply(self:BatchNormFreeze,
     self._warned.update(warn_fixed_stats({n: mode for n,mode in modes.items() if n not in self._warned}, layers))
     return modes
 
-# %% ../nbs/03_callback.ipynb #6e6a47e8
+# %% ../nbs/03_callback.ipynb #de11620b
 @patch
 def set_policy(self:BatchNormFreeze,
     policy:Policy,
 ):
     "Follow `policy` from now on, and count movement from here"
     self.bn_policy,self.bn_start = check_policy(policy, self.model),snapshot(self.model)
-    self._opt,self._n,self._found,self._frozen_at = None,0,{},None
+    self._opt,self._n,self._found,self._frozen_at,self._stage = None,0,{},None,0
 
 # %% ../nbs/03_callback.ipynb #1a7b66f4
 @patch
@@ -211,14 +227,15 @@ def _release(self:BatchNormFreeze):
     self._held.close()
     self._fixed = None
 
-# %% ../nbs/03_callback.ipynb #19a211a6
+# %% ../nbs/03_callback.ipynb #084f7f81
 @patch
 def before_fit(self:BatchNormFreeze):
     "Put the policy onto the tensors and hold the statistics, unless this is a validation"
     if self.learn.lock.locked(): return
     self._release()
-    self._prints = {}
+    self._prints,self._stage,self.schedule_log = {},0,{}
     if active_callback(self.learn) is not self: return
+    if is_distributed(): self._refuse_to_change_what_trains()
     if any(isinstance(cb, BnFreeze) for cb in self.learn.cbs):
         warnings.warn("fastai's `BnFreeze` is beside `BatchNormFreeze`: it puts frozen batch norm in eval mode whatever the policy says. "
                       "Remove it with `learn.remove_cb(BnFreeze)`.")
@@ -231,20 +248,22 @@ def before_train(self:BatchNormFreeze):
 
 @patch
 def before_batch(self:BatchNormFreeze):
-    "Follow what other callbacks did since the last epoch, and note what is fixed in this one"
-    if self._pending: self._start_epoch()
+    "Follow the schedule, and what other callbacks did since the last epoch"
+    if self._pending or self._fixed is not None and self._stage_now() != self._stage: self._start_epoch()
 
 @patch
 def before_step(self:BatchNormFreeze):
     "Whatever was thawed during the epoch counts from the next one"
     if self._fixed is not None: drop_grads(self._fixed_params)
 
-# %% ../nbs/03_callback.ipynb #ad2d07d5
+# %% ../nbs/03_callback.ipynb #c3c34698
 @patch
 def _start_epoch(self:BatchNormFreeze):
+    "Hold what is fixed from here on, and note what it is; a stage of the schedule starts as an epoch does"
+    news = self._next_stage() or self.frozen() != self._frozen_at
     self._pending = False
     off = {p for p in norm_params(self.model) if not p.requires_grad}
-    modes = self._hold(off if self.frozen() == self._frozen_at else frozenset())
+    modes = self._hold(frozenset() if news else off)
     tensors = named_tensors(self.model)
     self._fixed = self._fixed_names(modes, tensors) if self.verify else []
     self._prints = {n: self._prints.get(n) or fingerprint(tensors[n]) for n in self._fixed}
@@ -256,6 +275,30 @@ def _fixed_names(self:BatchNormFreeze, modes:dict[str, str], tensors:dict[str, T
     stats = [b for n,mode in modes.items() if not MODES[mode].updates_stats for b in stats_buffers(layers[n]).values()]
     fixed = {*self._fixed_params, *stats}
     return [n for n,t in tensors.items() if t in fixed and not is_lazy(t)]
+
+# %% ../nbs/03_callback.ipynb #b252876d
+@patch
+def _stage_now(self:BatchNormFreeze) -> int:
+    done = (self.epoch + self.iter/self.n_iter) / self.n_epoch
+    return sum(at <= done + 1e-9 for at,_ in self.policies()) - 1 # 0.7 of a fit is also where it was rounded
+
+@patch
+def _next_stage(self:BatchNormFreeze) -> bool: # Whether there was one
+    "Go on to the stage that this batch is in"
+    if (stage := self._stage_now()) == self._stage: return False
+    self.after_train()
+    for at,_ in self.policies()[self._stage+1:stage+1]: self.schedule_log[at] = self.epoch,self.iter
+    self._stage = stage
+    return True
+
+@patch
+def _refuse_to_change_what_trains(self:BatchNormFreeze):
+    layers,trained = norm_layers(self.model),{}
+    for at,policy in self.policies():
+        trained[at] = {n for n,mode in self.modes(policy).items() if MODES[mode].trains_affine and affine_params(layers[n])}
+        if changed := sorted(trained[at] ^ trained[0]):
+            raise ValueError(f"From {at} of the fit on, `schedule` changes whether weight and bias of {changed} are trained, which a "
+                             "distributed fit cannot follow: change only the statistics there, or train the last part in a fit of its own.")
 
 # %% ../nbs/03_callback.ipynb #b70dad35
 @patch
@@ -271,8 +314,12 @@ def after_train(self:BatchNormFreeze):
 
 BatchNormFreeze.after_cancel_epoch = BatchNormFreeze.after_cancel_fit = BatchNormFreeze.after_train
 
-# %% ../nbs/03_callback.ipynb #1d33b249
+# %% ../nbs/03_callback.ipynb #dc04c8d2
 @patch
 def after_fit(self:BatchNormFreeze):
-    "Give back the hold, unless a validation inside the fit has ended"
-    if not self.learn.lock.locked(): self._release()
+    "Give back the hold and go back to the first stage, unless a validation inside the fit has ended"
+    if self.learn.lock.locked(): return
+    self._release()
+    if self._stage:
+        self._stage = 0
+        self.apply()

@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['Comparison', 'check_training', 'bn_compare']
 
-# %% ../nbs/07_compare.ipynb #d49dc044
+# %% ../nbs/07_compare.ipynb #05d31d9f
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from numbers import Integral
@@ -22,11 +22,11 @@ from .batches import with_progress
 from .differences import paired_differences, table_html, table_text
 from .plots import plot_differences, plot_scores
 from .restore import kept_rng
-from .results import Results
+from .results import COLUMNS, Results
 from .runs import (FITS, as_seeds, check_epochs, check_lr, check_policies, n_batches, new_learner, put_policy, run_policy,
                                   weights_hash)
 
-# %% ../nbs/07_compare.ipynb #95c76b49
+# %% ../nbs/07_compare.ipynb #97f47646
 class Comparison:
     "Runs of several policies: a DataFrame as `.df`, tables and a plot; shows both tables where it is shown"
     def __init__(self,
@@ -76,9 +76,9 @@ class Comparison:
     def __repr__(self):
         return '\n\n'.join(f'{title}\n\n{table_text(df)}' for title,df in self.tables())
     def _repr_html_(self):
-        return ''.join(f'<p>{title}</p>{table_html(df)}' for title,df in self.tables())
+        return ''.join(table_html(title, df) for title,df in self.tables())
 
-# %% ../nbs/07_compare.ipynb #b8d917ff
+# %% ../nbs/07_compare.ipynb #e6d6c247
 def check_training(
     epochs:int, # See `bn_compare`
     fit:str|Callable, # See there
@@ -105,14 +105,12 @@ def _settings(policies:dict, how:dict, more:Mapping|None, results) -> dict:
         raise ValueError(f"A lambda cannot be told from another in {results}: give the policies and `fit` functions with names.")
     return {**told, **(more or {})}
 
-_COLUMNS = ('policy', 'seed', 'epoch', 'train_loss', 'valid_loss', 'stats_moved', 'affine_moved', 'seconds', 'precomputed', 'weights')
-
 def _try_first(get_learner:Callable, policies:dict, df:pd.DataFrame, seed:int, freeze_to:int):
     "Raise for what would go wrong in runs, on a Learner that nobody trains; a policy that is a function may do anything, and is not tried"
     learn = new_learner(get_learner, seed)
     _check_same_weights(df, [dict(seed=seed, weights=weights_hash(learn.model))])
     n_batches(learn)
-    if taken := {m.name for m in learn.metrics} & set(_COLUMNS):
+    if taken := {m.name for m in learn.metrics} & set(COLUMNS):
         raise ValueError(f"Metrics cannot be called {', '.join(sorted(taken))}: these are columns of the results.")
     for policy in policies.values():
         if not callable(policy): put_policy(learn, policy, freeze_to)

@@ -8,7 +8,8 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['bootstrap_interval', 'paired_differences', 'table_text', 'table_html']
 
-# %% ../nbs/04b_differences.ipynb #6b42ad4a
+# %% ../nbs/04b_differences.ipynb #52d3d364
+from html import escape
 from itertools import combinations
 
 import numpy as np, pandas as pd
@@ -52,7 +53,7 @@ def paired_differences(
     columns = ['a', 'b', 'difference', 'low', 'high', 'seeds', 'verdict']
     return pd.DataFrame([compare(*pair) for pair in pairs], columns=columns)
 
-# %% ../nbs/04b_differences.ipynb #cd242ff9
+# %% ../nbs/04b_differences.ipynb #b4204b2c
 _NUMBERS = dict(index=False, float_format='{:.3g}'.format, na_rep='-')
 
 def table_text(
@@ -62,7 +63,8 @@ def table_text(
     return df.to_string(**_NUMBERS)
 
 def table_html(
+    title:str, # Any text
     df:pd.DataFrame, # Any table
 ) -> str:
-    "`df` for a notebook, three digits"
-    return df.to_html(notebook=False, border=0, **_NUMBERS)
+    "`title` and `df` for a notebook, three digits; whatever they say is text, not markup"
+    return f'<p>{escape(title, quote=False)}</p>' + df.to_html(notebook=False, border=0, **_NUMBERS)

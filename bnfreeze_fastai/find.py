@@ -59,7 +59,7 @@ def default_candidates(
     if 'below' not in modes: return {m: keep(m, above)._replace(bn=policy.bn) for m in modes['above']}
     return {f'{m} / {a}': keep(a, above)._replace(bn=m) for m,a in product(modes['below'], modes['above'])}
 
-# %% ../nbs/07b_find.ipynb #b38e6b76
+# %% ../nbs/07b_find.ipynb #0cf2671d
 class Found(NamedTuple):
     "What `bn_find` suggests, and why"
     suggestion:str # Name of the best candidate
@@ -77,7 +77,7 @@ class Found(NamedTuple):
         return f"Suggestion: {self.suggestion!r}, {sure}. Cost: {self.cost:.2f} of a full run of each.{foreign}"
 
     def __repr__(self): return f'{self._words()}\n\n{table_text(self.evidence)}'
-    def _repr_html_(self): return f'<p>{self._words()}</p>{table_html(self.evidence)}'
+    def _repr_html_(self): return table_html(self._words(), self.evidence)
 
     def tables(self) -> Iterator[tuple[str, str|pd.DataFrame]]:
         "Headings, and what stands below them"

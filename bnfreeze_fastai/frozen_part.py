@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['frozen_and_trained', 'refuse_setting', 'one_input', 'device_of', 'autocast', 'relative_error', 'check_features',
            'find_frozen_part', 'fingerprints', 'unchanging', 'WatchFrozen', 'ready']
 
-# %% ../nbs/03b_frozen_part.ipynb #a23ec511
+# %% ../nbs/03b_frozen_part.ipynb #5001668f
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import model_inputs
-from .callback import frozen_in_force, modes_in_force
+from .callback import frozen_in_force, planned_modes
 from .core import MODES, affine_params, bn_layers, held_stats, keeps_stats, norm_layers, refuse_compiled
 from .cut import Cut, check_cut, find_cut, holds_any, is_resumable
 from .fixed import fingerprint
@@ -29,7 +29,7 @@ from .policy import layer_groups
 from .ranks import is_distributed
 from .restore import evaluating, kept_rng, standing_in
 
-# %% ../nbs/03b_frozen_part.ipynb #640c41f7
+# %% ../nbs/03b_frozen_part.ipynb #4e94d29b
 def _moves(layer:nn.Module, mode:str) -> bool:
     "Whether a norm layer gives something else for the same input after, or by, a training step in `mode`"
     if isinstance(layer, _BatchNorm) and not keeps_stats(layer): return True
@@ -39,18 +39,19 @@ def _moves(layer:nn.Module, mode:str) -> bool:
 def _refuse_moving(modes:dict[str, str]):
     raise ValueError(f"These norm layers of the frozen part do not stay as they are, or normalise with the batch: {modes}. What the "
                      "frozen part gives is the same in every epoch only with the mode 'frozen' and running statistics: call "
-                     "`learn.freeze_to_bn(n, bn='frozen')` first.")
+                     "`learn.freeze_to_bn(n, bn='frozen')` first, and let no schedule change that.")
 
-# %% ../nbs/03b_frozen_part.ipynb #8109f490
+# %% ../nbs/03b_frozen_part.ipynb #aeba7d2f
 def frozen_and_trained(
     learn:Learner, # With an optimizer
 ) -> tuple[set, set]: # Parameters and norm layers of the frozen part, and of the trained part
     "What the freeze point divides; `ValueError` if nothing is frozen, or if batch norm in the frozen part is not"
     model,groups,is_frozen = learn.model,learn.opt.param_lists,frozen_in_force(learn)
     if not any(is_frozen): raise ValueError("Nothing is frozen: freeze first, as by `learn.freeze_to_bn(-1)`.")
-    modes,layers = modes_in_force(learn),norm_layers(model)
+    layers = norm_layers(model)
     frozen_layers = {n for n,group in layer_groups(model, groups).items() if is_frozen[group]}
-    if moving := {n: modes[n] for n in sorted(frozen_layers) if _moves(layers[n], modes[n])}: _refuse_moving(moving)
+    planned = [(n, modes[n]) for modes in planned_modes(learn) for n in sorted(frozen_layers)]
+    if moving := {n: mode for n,mode in planned if _moves(layers[n], mode)}: _refuse_moving(moving)
     trained = {p for group,frozen in zip(groups, is_frozen) if not frozen for p in group}
     trained |= {l for n,l in layers.items() if n not in frozen_layers}
     return {*model.parameters(), *layers.values()} - trained, trained

@@ -8,10 +8,11 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['BatchNormSummary']
 
-# %% ../nbs/06_learner.ipynb #0479bb3f
+# %% ../nbs/06_learner.ipynb #663b7600
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from html import escape
 from numbers import Integral
 from operator import index
 
@@ -70,7 +71,7 @@ def freeze_to_bn(self:Learner,
     cb.apply()
     return self
 
-# %% ../nbs/06_learner.ipynb #79b8def1
+# %% ../nbs/06_learner.ipynb #49303498
 class BatchNormSummary:
     "One row per norm layer; a table in a notebook, text elsewhere, a DataFrame as `.df`"
     def __init__(self,
@@ -90,20 +91,27 @@ class BatchNormSummary:
     def __repr__(self): return '\n'.join([self.title, *([] if self.df.empty else [self._table().to_string(index=False)]), self._counts()])
     def _repr_html_(self):
         table = '' if self.df.empty else self._table().to_html(index=False, notebook=False, border=0)
-        return f'<p>{self.title}</p>{table}<p>{self._counts()}</p>'
+        return f'<p>{escape(self.title, quote=False)}</p>{table}<p>{self._counts()}</p>'
 
 # %% ../nbs/06_learner.ipynb #7372bc84
 def _batches_tracked(layer) -> int|None:
     tracked = stats_buffers(layer).get('num_batches_tracked')
     return None if tracked is None else int(tracked)
 
-# %% ../nbs/06_learner.ipynb #87a685bc
+# %% ../nbs/06_learner.ipynb #0425eeb6
+def _told(modes:dict) -> str: return ', '.join(f'{side}={mode!r}' for side,mode in modes.items())
+
+def _told_change(cb:BatchNormFreeze, at:float) -> str:
+    epoch,batch = cb.schedule_log.get(at, (None, None))
+    when = '' if epoch is None else f' (in the last fit from epoch {epoch}, batch {batch})'
+    return f'from {at:.4g} of a fit {_told(cb.schedule[at])}{when}'
+
 def _title(learn:Learner, cb:BatchNormFreeze|None) -> str:
-    "The policy, and how many parameter groups are frozen"
-    policy = 'no BatchNormFreeze: modes as the tensors show them'
-    if cb is not None: policy = ', '.join(f'{side}={mode!r}' for side,mode in cb.bn_policy._asdict().items())
+    "The policy, its schedule, and how many parameter groups are frozen"
+    policy = ['no BatchNormFreeze: modes as the tensors show them']
+    if cb is not None: policy = [_told(cb.bn_policy._asdict()), *(_told_change(cb, at) for at in cb.schedule)]
     frozen = frozen_in_force(learn)
-    return f'{policy}; {sum(frozen)} of {len(frozen)} parameter groups frozen'
+    return '; '.join([*policy, f'{sum(frozen)} of {len(frozen)} parameter groups frozen'])
 
 # %% ../nbs/06_learner.ipynb #7c2ab8f9
 @patch

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Policy', 'check_policy', 'layer_groups', 'frozen_groups', 'layer_modes']
+__all__ = ['Policy', 'check_policy', 'check_schedule', 'stages', 'layer_groups', 'frozen_groups', 'layer_modes']
 
-# %% ../nbs/01_policy.ipynb #878c6d52
+# %% ../nbs/01_policy.ipynb #428dc1e3
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import NamedTuple
 
 from torch import nn
@@ -47,6 +48,34 @@ def check_policy(
         if names is not None and isinstance(rule, Mapping):
             for glob in rule: check_glob(glob, names)
     return Policy(*(rule if isinstance(rule, str) else dict(rule) for rule in policy))
+
+# %% ../nbs/01_policy.ipynb #901d65ae
+def check_schedule(
+    schedule:Mapping|None, # Fraction of a fit, between 0 and 1, to what changes there: a dict with `bn`, `bn_above` or both
+    model:nn.Module=None, # If given, each glob has to match at least one of its norm layers
+) -> dict: # A copy, in order of time; empty for `None`
+    "Raise `ValueError` for a fraction that is none, a change of something else, an unknown mode or glob"
+    if schedule is None: return {}
+    if not isinstance(schedule, Mapping): raise ValueError(f"`schedule` takes a dict such as {_EXAMPLE}, not {schedule!r}.")
+    for at,change in schedule.items():
+        if not isinstance(at, Real) or isinstance(at, bool) or not 0 < at < 1:
+            raise ValueError(f"{at!r} in `schedule` is no fraction of a fit: give numbers between 0 and 1, as in {_EXAMPLE}. What holds "
+                             "from the start are `bn` and `bn_above` themselves.")
+        if not isinstance(change, Mapping) or not change or change.keys() - {*Policy._fields}:
+            raise ValueError(f"`schedule` maps a fraction to a dict with 'bn', 'bn_above' or both, as in {_EXAMPLE}, not to {change!r}.")
+    copied = lambda change: {side: rule for side,rule in check_policy(Policy(**change), model)._asdict().items() if side in change}
+    return {at: copied(schedule[at]) for at in sorted(schedule)}
+
+_EXAMPLE = "{0.7: dict(bn_above='affine-only')}"
+
+def stages(
+    policy:Policy, # At the start of a fit
+    schedule:Mapping, # From `check_schedule`
+) -> list[tuple[float, Policy]]: # From which fraction of the fit on, which policy
+    "The policies that `schedule` makes of `policy`, one after the other"
+    res = [(0., policy)]
+    for at,change in schedule.items(): res.append((at, res[-1][1]._replace(**change)))
+    return res
 
 # %% ../nbs/01_policy.ipynb #9a33432d
 def layer_groups(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['GROWING', 'NAN', 'write_whole', 'write_json', 'as_json', 'Results']
+__all__ = ['GROWING', 'NAN', 'COLUMNS', 'write_whole', 'write_json', 'as_json', 'Results']
 
 # %% ../nbs/06b_results.ipynb #03235641
 import json, os
@@ -15,14 +15,15 @@ from pathlib import Path
 
 import pandas as pd
 
-# %% ../nbs/06b_results.ipynb #e9f17f69
+# %% ../nbs/06b_results.ipynb #15a71c01
 def write_whole(
     path:Path, # Of the file
     text:str, # All that it is to hold
 ):
     "Write `text` to `path` in one step"
     part = path.with_name(path.name + '.part')
-    with open(part, 'w', encoding='utf-8') as f:
+    part.unlink(missing_ok=True) # of a process that was killed, or a link that somebody laid there
+    with open(part, 'x', encoding='utf-8') as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
@@ -36,8 +37,9 @@ def write_json(
     "Write `settings` to `path` in one step, for people to read"
     write_whole(path, json.dumps(settings, indent=2, ensure_ascii=False) + '\n')
 
-# %% ../nbs/06b_results.ipynb #29cb3ab2
+# %% ../nbs/06b_results.ipynb #252e85a2
 GROWING,NAN = 'policies','nan'
+COLUMNS = ('policy', 'seed', 'epoch', 'train_loss', 'valid_loss', 'stats_moved', 'affine_moved', 'seconds', 'precomputed', 'weights')
 
 def as_json(
     settings:Mapping, # Anything
@@ -47,8 +49,10 @@ def as_json(
 
 def _wrong(text:str, df:pd.DataFrame, old) -> str|None: # In words
     "What shows that a file was not written here, or not in full"
-    if missing := {'policy', 'seed', 'epoch', 'weights'} - set(df.columns): return f'there are no columns {sorted(missing)}'
+    if missing := set(COLUMNS) - set(df.columns): return f'there are no columns {sorted(missing)}'
     if not text.endswith('\n') or (df['weights'].fillna('') == '').any(): return 'it was cut off'
+    if words := list(df.drop(columns=['policy', 'weights']).select_dtypes(exclude=['number', 'bool'])): return f'no numbers in {words}'
+    if df.duplicated(['policy', 'seed', 'epoch']).any(): return 'a run is there twice'
     if not isinstance(old, dict) or not isinstance(old.get(GROWING), dict): return 'the settings are no settings'
 
 def _differing(old:dict, new:dict) -> list[str]: # What differs, in words
@@ -58,7 +62,7 @@ def _differing(old:dict, new:dict) -> list[str]: # What differs, in words
     others = sorted((old.keys() | new.keys()) - {GROWING})
     return tell(old, new, others) + tell(old.get(GROWING, {}), new.get(GROWING, {}), sorted(shared), 'policy ')
 
-# %% ../nbs/06b_results.ipynb #1b93a752
+# %% ../nbs/06b_results.ipynb #41706ba8
 class Results:
     "Finished runs in a CSV file, with their settings in a JSON file of the same name"
     def __init__(self,
@@ -78,7 +82,7 @@ class Results:
             df = pd.read_csv(self.path, dtype={'policy': str, 'weights': str}, keep_default_na=False, na_values=NAN)
             df = df.fillna({'policy': NAN}) # a policy of that name
             if wrong := _wrong(self.path.read_text(encoding='utf-8'), df, old): raise ValueError(wrong)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise ValueError(f"{self.path} does not go with settings in {beside} ({e}): give another file, or `resume=False` to "
                              "replace it.") from e
         if differing := _differing(old, self.settings):
@@ -95,7 +99,7 @@ class Results:
         return not self.df.empty and bool(((self.df['policy'] == policy) & (self.df['seed'] == seed)).any())
 
     def add(self,
-        rows:list[dict], # All rows of one run: `policy`, `seed`, `epoch`, `weights` and more
+        rows:list[dict], # All rows of one run: `COLUMNS` and metrics
     ):
         "Add a finished run to the file"
         if self.df.empty and self.path is not None: self.path.unlink(missing_ok=True) # first, as its runs are not of these settings

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['FASTAI', 'FITS', 'check_policies', 'pretrained_layers', 'throughout', 'put_policy', 'check_epochs', 'check_lr',
            'as_seeds', 'weights_hash', 'new_learner', 'n_batches', 'EpochRows', 'run_policy']
 
-# %% ../nbs/06a_runs.ipynb #74b0b6e7
+# %% ../nbs/06a_runs.ipynb #c16d4300
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,7 +27,7 @@ from torch.nn.parameter import is_lazy
 from xxhash import xxh3_128_hexdigest
 
 import bnfreeze_fastai.learner # patches `freeze_to_bn` and `precompute` in
-from .callback import BatchNormFreeze
+from .callback import BatchNormFreeze, active_callback
 from .core import MODES, never_trained, norm_layers
 from .fixed import fingerprint, named_tensors
 from .policy import Policy, check_policy, layer_groups
@@ -60,7 +60,7 @@ def check_policies(
     if not named: raise ValueError("There is no policy to run: give one or more, or None for fastai's own and the four modes.")
     return {str(name): _check_one(name, policy) for name,policy in named.items()}
 
-# %% ../nbs/06a_runs.ipynb #97b738a3
+# %% ../nbs/06a_runs.ipynb #7776844c
 def pretrained_layers(
     learn:Learner, # With an optimizer
 ) -> list[str]: # Dotted names
@@ -80,7 +80,7 @@ def throughout(
     return Policy(mode, {**rules, **{glob: m for glob,m in others.items() if glob not in rules}})
 
 def put_policy(
-    learn:Learner, # A callback of ours that it has is taken off
+    learn:Learner, # A `BatchNormFreeze` that it has loses its schedule, or is taken off
     policy:str|Policy|Callable, # From `check_policies`
     n:int, # Freeze point
 ):
@@ -89,6 +89,7 @@ def put_policy(
         learn.remove_cb(BatchNormFreeze)
         learn.freeze_to(n)
         return policy(learn) if callable(policy) else None
+    if (cb := active_callback(learn)) is not None: cb.schedule = {}
     if learn.opt is None: learn.create_opt()
     if isinstance(policy, str): policy = throughout(policy, pretrained_layers(learn))
     learn.freeze_to_bn(n, **policy._asdict())
