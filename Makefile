@@ -6,7 +6,7 @@ OUT ?= .
 README := $(BIN)/jupyter nbconvert --to markdown --output README --log-level ERROR --RegexRemovePreprocessor.patterns='.\| hide' \
     --TagRemovePreprocessor.remove_input_tags=remove_input
 
-.PHONY: demo test bench experiments notebooks readme clean
+.PHONY: demo test versions soak sweep bench experiments notebooks readme clean
 
 .venv/installed: settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,16 @@ demo: .venv/installed
 test: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/pytest --numprocesses 2 tests
+
+# The quick tests on the oldest and newest versions, on each Python of PATH; every environment is several GB for its time
+versions: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nox
+
+soak: .venv/installed
+	$(BIN)/python -m soak
+
+sweep: .venv/installed
+	$(BIN)/python -m sweep
 
 experiments: .venv/installed
 	$(BIN)/python -m experiments
@@ -37,4 +47,4 @@ readme: .venv/installed
 	$(README) --output-dir $(OUT) nbs/index.ipynb
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .nox .ruff_cache

@@ -35,12 +35,13 @@ def active_callback(
     "The `BatchNormFreeze` whose policy is in force"
     return next((cb for cb in reversed(learn.cbs) if isinstance(cb, BatchNormFreeze)), None)
 
-# %% ../nbs/03_callback.ipynb #fd23b814
+# %% ../nbs/03_callback.ipynb #1e775165
 class BatchNormFreeze(Callback):
     "Keep the batch norm modes of a policy in every fit of a Learner, relative to its freeze point"
     order = TrainEvalCallback.order+1 # just after the switch to train mode, before anything that wraps the model or swaps its weights
     run_valid = False
-    _learn,_stateattrs = None,('_held', '_frozen_at', '_fixed', '_prints', '_opt', '_idx', '_pending', '_traced', '_stage')
+    _learn,_stateattrs = None,('_held', '_frozen_at', '_fixed', '_prints', '_opt', '_idx', '_pending', '_traced', '_stages', '_stage',
+                               '_epoch', '_batch', '_n_batches')
 
     def __init__(self,
         bn:str|dict='frozen', # Mode of norm layers in frozen groups, or a dict of globs over layer names to modes
@@ -55,13 +56,16 @@ class BatchNormFreeze(Callback):
 
     def _init_state(self):
         self._held,self._frozen_at,self._fixed,self._prints,self._pending = ExitStack(),None,None,{},False
-        self._opt,self._idx,self._traced,self._stage = None,0,frozenset(),0
+        self._opt,self._idx,self._traced = None,0,frozenset()
+        self._stages,self._stage,self._epoch,self._batch,self._n_batches = [],0,0,0,1
 
     @property
     def learn(self): return self._learn
     @learn.setter
     def learn(self, learn):
-        if learn is not None: check_policy(self.bn_policy, learn.model),check_schedule(self.schedule, learn.model)
+        if learn is not None:
+            check_policy(self.bn_policy, learn.model)
+            check_schedule(self.schedule, learn.model)
         if self._learn is not None: self._detach()
         self._learn = learn
         if learn is not None: self._attach()
@@ -145,20 +149,18 @@ def frozen(self:BatchNormFreeze) -> list[bool]: # For each parameter group of th
     self._idx = opt.frozen_idx
     return frozen_groups(self.model, opt.param_lists, self._n)
 
-# %% ../nbs/03_callback.ipynb #13538dd6
-@patch
-def policies(self:BatchNormFreeze) -> list[tuple[float, Policy]]: # From which fraction of it on, which policy
-    "The policies of a fit; `lr_find`, which compares the batches of one fit, has but one"
-    return stages(self.bn_policy, {} if hasattr(self.learn, 'lr_finder') else self.schedule)
+# %% ../nbs/03_callback.ipynb #634462f7
+@patch(as_prop=True)
+def policy_now(self:BatchNormFreeze) -> Policy: return self._stages[self._stage][1] if self._stage else self.bn_policy
 
 @patch
 def modes(self:BatchNormFreeze,
     policy:Policy=None, # The one in force if not given
 ) -> dict[str, str]: # Name of each norm layer to its mode
     "The mode that the policy gives every norm layer of the Learner's model at the freeze point in force"
-    return layer_modes(self.model, self.opt.param_lists, self.frozen(), policy or self.policies()[self._stage][1])
+    return layer_modes(self.model, self.opt.param_lists, self.frozen(), policy or self.policy_now)
 
-# %% ../nbs/03_callback.ipynb #602168e6
+# %% ../nbs/03_callback.ipynb #6880a7f5
 def frozen_in_force(
     learn:Learner, # With an optimizer
 ) -> list[bool]: # For each parameter group, whether it is frozen
@@ -178,7 +180,7 @@ def planned_modes(
 ) -> list[dict[str, str]]: # Name of each norm layer to its mode, for each stage
     "The modes of all stages of the next fit, with or without a policy"
     cb = active_callback(learn)
-    return [modes_in_force(learn)] if cb is None else [cb.modes(policy) for _,policy in cb.policies()]
+    return [modes_in_force(learn)] if cb is None else [cb.modes(policy) for _,policy in stages(cb.bn_policy, cb.schedule)]
 
 # %% ../nbs/03_callback.ipynb #b33fb647
 @patch
@@ -199,14 +201,15 @@ def apply(self:BatchNormFreeze,
     self._warned.update(warn_fixed_stats({n: mode for n,mode in modes.items() if n not in self._warned}, layers))
     return modes
 
-# %% ../nbs/03_callback.ipynb #de11620b
+# %% ../nbs/03_callback.ipynb #366beaff
 @patch
 def set_policy(self:BatchNormFreeze,
     policy:Policy,
 ):
     "Follow `policy` from now on, and count movement from here"
     self.bn_policy,self.bn_start = check_policy(policy, self.model),snapshot(self.model)
-    self._opt,self._n,self._found,self._frozen_at,self._stage = None,0,{},None,0
+    self._opt,self._n,self._found,self._frozen_at = None,0,{},None
+    self._plan()
 
 # %% ../nbs/03_callback.ipynb #1a7b66f4
 @patch
@@ -227,19 +230,25 @@ def _release(self:BatchNormFreeze):
     self._held.close()
     self._fixed = None
 
-# %% ../nbs/03_callback.ipynb #084f7f81
+# %% ../nbs/03_callback.ipynb #e50ad2ca
 @patch
 def before_fit(self:BatchNormFreeze):
     "Put the policy onto the tensors and hold the statistics, unless this is a validation"
     if self.learn.lock.locked(): return
     self._release()
-    self._prints,self._stage,self.schedule_log = {},0,{}
+    self._prints,self.schedule_log = {},{}
+    self._plan()
     if active_callback(self.learn) is not self: return
     if is_distributed(): self._refuse_to_change_what_trains()
     if any(isinstance(cb, BnFreeze) for cb in self.learn.cbs):
         warnings.warn("fastai's `BnFreeze` is beside `BatchNormFreeze`: it puts frozen batch norm in eval mode whatever the policy says. "
                       "Remove it with `learn.remove_cb(BnFreeze)`.")
     self._hold()
+
+@patch
+def before_epoch(self:BatchNormFreeze):
+    "Note the epoch, which a validation in the midst of it would change"
+    if not self.learn.lock.locked(): self._epoch = self.learn.epoch
 
 @patch
 def before_train(self:BatchNormFreeze):
@@ -249,21 +258,24 @@ def before_train(self:BatchNormFreeze):
 @patch
 def before_batch(self:BatchNormFreeze):
     "Follow the schedule, and what other callbacks did since the last epoch"
-    if self._pending or self._fixed is not None and self._stage_now() != self._stage: self._start_epoch()
+    if not self._pending and self._fixed is None: return
+    if self._pending: self._batch,self._n_batches = 0,self.n_iter
+    else: self._batch += 1
+    if (stage := self._stage_now()) != self._stage or self._pending: self._start(stage)
 
 @patch
 def before_step(self:BatchNormFreeze):
     "Whatever was thawed during the epoch counts from the next one"
     if self._fixed is not None: drop_grads(self._fixed_params)
 
-# %% ../nbs/03_callback.ipynb #c3c34698
+# %% ../nbs/03_callback.ipynb #bd5054d0
 @patch
-def _start_epoch(self:BatchNormFreeze):
-    "Hold what is fixed from here on, and note what it is; a stage of the schedule starts as an epoch does"
-    news = self._next_stage() or self.frozen() != self._frozen_at
+def _start(self:BatchNormFreeze, stage:int):
+    "Hold what is fixed from here on, and note what it is: at the start of an epoch, or of a stage"
+    self._check_fixed()
     self._pending = False
-    off = {p for p in norm_params(self.model) if not p.requires_grad}
-    modes = self._hold(frozenset() if news else off)
+    off = self._off_after(stage)
+    modes = self._hold(off if self.frozen() == self._frozen_at else frozenset())
     tensors = named_tensors(self.model)
     self._fixed = self._fixed_names(modes, tensors) if self.verify else []
     self._prints = {n: self._prints.get(n) or fingerprint(tensors[n]) for n in self._fixed}
@@ -276,33 +288,40 @@ def _fixed_names(self:BatchNormFreeze, modes:dict[str, str], tensors:dict[str, T
     fixed = {*self._fixed_params, *stats}
     return [n for n,t in tensors.items() if t in fixed and not is_lazy(t)]
 
-# %% ../nbs/03_callback.ipynb #b252876d
+# %% ../nbs/03_callback.ipynb #ade4f5eb
 @patch
-def _stage_now(self:BatchNormFreeze) -> int:
-    done = (self.epoch + self.iter/self.n_iter) / self.n_epoch
-    return sum(at <= done + 1e-9 for at,_ in self.policies()) - 1 # 0.7 of a fit is also where it was rounded
+def _plan(self:BatchNormFreeze):
+    "The stages of a fit, at the first; `lr_find`, which compares the batches of one fit, has but one"
+    self._stages,self._stage = stages(self.bn_policy, {} if hasattr(self.learn, 'lr_finder') else self.schedule),0
 
 @patch
-def _next_stage(self:BatchNormFreeze) -> bool: # Whether there was one
-    "Go on to the stage that this batch is in"
-    if (stage := self._stage_now()) == self._stage: return False
-    self.after_train()
-    for at,_ in self.policies()[self._stage+1:stage+1]: self.schedule_log[at] = self.epoch,self.iter
+def _stage_now(self:BatchNormFreeze) -> int:
+    "The stage of this batch; never an earlier one again, whatever a loader says of its length"
+    done = (self._epoch + self._batch/self._n_batches) / self.n_epoch
+    return max(self._stage, sum(at <= done + 1e-9 for at,_ in self._stages) - 1) # 0.7 of a fit is also where it was rounded
+
+@patch
+def _off_after(self:BatchNormFreeze, stage:int) -> set[nn.Parameter]:
+    "Go to `stage`; norm layers' parameters that are off, unless their layer's mode has changed by that"
+    before,off = self.modes(),{p for p in norm_params(self.model) if not p.requires_grad}
+    for at,_ in self._stages[self._stage+1:stage+1]: self.schedule_log[at] = self._epoch,self._batch
     self._stage = stage
-    return True
+    layers,after = norm_layers(self.model),self.modes()
+    return off - {p for n in after if after[n] != before[n] for p in affine_params(layers[n])}
 
 @patch
 def _refuse_to_change_what_trains(self:BatchNormFreeze):
+    "Raise `ValueError` for a schedule that `DistributedDataParallel` cannot follow"
     layers,trained = norm_layers(self.model),{}
-    for at,policy in self.policies():
+    for at,policy in self._stages:
         trained[at] = {n for n,mode in self.modes(policy).items() if MODES[mode].trains_affine and affine_params(layers[n])}
         if changed := sorted(trained[at] ^ trained[0]):
             raise ValueError(f"From {at} of the fit on, `schedule` changes whether weight and bias of {changed} are trained, which a "
                              "distributed fit cannot follow: change only the statistics there, or train the last part in a fit of its own.")
 
-# %% ../nbs/03_callback.ipynb #b70dad35
+# %% ../nbs/03_callback.ipynb #5637a8ef
 @patch
-def after_train(self:BatchNormFreeze):
+def _check_fixed(self:BatchNormFreeze):
     "See that nothing fixed has moved"
     fixed,self._fixed = self._fixed,None
     if not fixed: return
@@ -312,14 +331,12 @@ def after_train(self:BatchNormFreeze):
     raise RuntimeError(f"These tensors are fixed by the policy or the freeze point, but changed in the fit: {changed}. "
                        "Something writes them: look at the other callbacks and at the optimizer, or pass `verify=False` to let it.")
 
-BatchNormFreeze.after_cancel_epoch = BatchNormFreeze.after_cancel_fit = BatchNormFreeze.after_train
+for event in ('after_train', 'after_cancel_epoch', 'after_cancel_fit'): setattr(BatchNormFreeze, event, BatchNormFreeze._check_fixed)
 
-# %% ../nbs/03_callback.ipynb #dc04c8d2
+# %% ../nbs/03_callback.ipynb #93a496cb
 @patch
 def after_fit(self:BatchNormFreeze):
     "Give back the hold and go back to the first stage, unless a validation inside the fit has ended"
     if self.learn.lock.locked(): return
     self._release()
-    if self._stage:
-        self._stage = 0
-        self.apply()
+    if self._stage: self.apply(self._off_after(0))

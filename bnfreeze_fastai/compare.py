@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['Comparison', 'check_training', 'bn_compare']
 
-# %% ../nbs/07_compare.ipynb #05d31d9f
+# %% ../nbs/07_compare.ipynb #d32055dc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from numbers import Integral
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from .batches import with_progress
 from .differences import paired_differences, table_html, table_text
+from .folders import process_folder
 from .plots import plot_differences, plot_scores
 from .restore import kept_rng
 from .results import COLUMNS, Results
@@ -121,7 +122,7 @@ def _told(policy) -> str:
     if hasattr(policy, '__qualname__'): return f'function {policy.__qualname__}'
     return policy._asdict() if hasattr(policy, '_asdict') else str(policy)
 
-# %% ../nbs/07_compare.ipynb #f2d80c5d
+# %% ../nbs/07_compare.ipynb #244d24f7
 def _run(name:str, seed:int, **how) -> list[dict]:
     try: return [dict(policy=name, seed=seed, **row) for row in run_policy(seed=seed, **how)]
     except Exception as e: raise RuntimeError(f"The run of policy {name!r} with seed {seed} failed: {type(e).__name__}: {e}") from e
@@ -135,7 +136,7 @@ def _check_same_weights(df:pd.DataFrame, rows:list[dict]):
 
 def _collect(todo:list[tuple], policies:dict, results:Results, n_jobs:int|None, **how) -> int: # How many were left undone
     "Run what is to do, and add each run to `results` as it ends"
-    runs = Parallel(n_jobs=n_jobs, return_as='generator_unordered')(
+    runs = Parallel(n_jobs=n_jobs, return_as='generator_unordered', temp_folder=process_folder())(
         delayed(_run)(name, seed, policy=policies[name], **how) for name,seed in todo)
     done = 0
     try:
@@ -147,7 +148,7 @@ def _collect(todo:list[tuple], policies:dict, results:Results, n_jobs:int|None, 
     finally: runs.close()
     return len(todo)-done
 
-# %% ../nbs/07_compare.ipynb #c3a237a1
+# %% ../nbs/07_compare.ipynb #8e47aca6
 def _score(df:pd.DataFrame) -> str:
     "The first metric, or the validation loss if there is none"
     columns = list(df.columns)
@@ -174,6 +175,7 @@ def bn_compare(
     results = Results(results, _settings(policies, how, settings, results), resume)
     jobs = [(name, seed) for seed in seeds for name in policies]
     todo = [job for job in jobs if not results.has(*job)]
+    if todo: results.check_writable()
     with kept_rng():
         known = set(results.df.get('seed', [])) & set(seeds)
         _try_first(get_learner, policies, results.df, min(known or seeds), how['freeze_to'])

@@ -8,12 +8,12 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['FIND', 'default_candidates', 'Found']
 
-# %% ../nbs/07b_find.ipynb #20da2951
-import tempfile
+# %% ../nbs/07b_find.ipynb #0b351eb2
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from numbers import Real
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
@@ -27,6 +27,7 @@ from .callback import BatchNormFreeze, active_callback
 from .core import MODES, affine_params, keeps_stats, norm_layers
 from .differences import table_html, table_text
 from .evidence import Round, evidence_of, halve, plan_rounds
+from .folders import process_folder
 from .frozen_part import refuse_setting
 from .loaders import batch_size, check_loader, in_order, n_samples
 from .plots import plot_bn_drift, plot_trials
@@ -188,7 +189,7 @@ def _shift(trial:Learner) -> pd.DataFrame:
     if any(map(keeps_stats, norm_layers(trial.model).values())): return trial.bn_shift(n_batches=_SHIFT_BATCHES)
     return pd.DataFrame(columns=['layer', 'mean_shift', 'log_var_ratio', 'kl'])
 
-# %% ../nbs/07b_find.ipynb #2afa10ff
+# %% ../nbs/07b_find.ipynb #6b535ef7
 @patch
 def bn_find(self:Learner,
     epochs:int=5, # How many a full run would have
@@ -203,7 +204,7 @@ def bn_find(self:Learner,
     _check_numbers(epochs, cost, lr)
     _check_loaders(self)
     seeds,(n_train,n_valid),cb = as_seeds(seeds, 2),n_batches(self),active_callback(self)
-    with kept_rng(*self.dls.loaders), tempfile.TemporaryDirectory() as folder:
+    with kept_rng(*self.dls.loaders), TemporaryDirectory(dir=process_folder()) as folder:
         look = trial_copy(self, Path(folder))
         policies = _candidates(look, policies, Policy() if cb is None else cb.bn_policy)
         if len(policies) < 2: raise ValueError(f"There is nothing to choose between: the only candidate is {', '.join(policies)}.")

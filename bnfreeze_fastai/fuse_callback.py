@@ -8,24 +8,25 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['BatchNormFuse']
 
-# %% ../nbs/03c_fuse_callback.ipynb #dc053b70
+# %% ../nbs/03c_fuse_callback.ipynb #e8c7645c
 import warnings
 from contextlib import ExitStack
 
 import pandas as pd
 from fastai.learner import Callback
 
-from .core import MODES, bn_layers, bn_mode
+from .callback import active_callback, planned_modes
+from .core import MODES, bn_layers
 from .fuse import fused_bn
 
-# %% ../nbs/03c_fuse_callback.ipynb #4a443b40
+# %% ../nbs/03c_fuse_callback.ipynb #d9d1d9b6
 class BatchNormFuse(Callback):
     "In every training epoch, run each convolution and the batch norm on fixed statistics after it as one"
     _learn,_stateattrs = None,('_block', '_fusion')
 
     def __init__(self):
         self._init_state()
-        self.pairs = pd.DataFrame(columns=['convolution', 'batch_norm']) # of the last epoch
+        self.pairs = pd.DataFrame(columns=['convolution', 'batch_norm']) # of the last epoch, or of the last stage of a schedule in it
 
     def _init_state(self): self._block,self._fusion = ExitStack(),None
 
@@ -36,8 +37,17 @@ class BatchNormFuse(Callback):
         self._block.close()
         self._learn = learn
 
-    def before_train(self):
+    def before_train(self): self._start()
+
+    def before_batch(self):
+        "Look anew where a schedule fixes statistics in the midst of an epoch"
+        if self._fusion is not None and self.training and self._changes() != self._seen: self._start()
+
+    def _changes(self) -> int: return len(getattr(active_callback(self.learn), 'schedule_log', ()))
+
+    def _start(self):
         self._block.close()
+        self._seen = self._changes()
         last = [cb for cb in self.learn.cbs if isinstance(cb, BatchNormFuse)][-1]
         if last is self: self._fusion = self._block.enter_context(fused_bn(self.learn.model))
 
@@ -46,8 +56,8 @@ class BatchNormFuse(Callback):
         self._block.close()
         if self._fusion is None: return
         self.pairs,self._fusion = self._fusion.pairs,None
-        layers = bn_layers(self.learn.model)
-        if all(l.training and MODES[bn_mode(l)].updates_stats for l in layers): warnings.warn(
+        modes = [mode for stage in planned_modes(self.learn) for mode in stage.values()]
+        if all(l.training for l in bn_layers(self.learn.model)) and all(MODES[mode].updates_stats for mode in modes): warnings.warn(
             "There was nothing to fuse: every batch norm layer was on the statistics of the batch. Set a mode that fixes them where the "
             "network trains, as by `learn.freeze_to_bn(0, bn_above='affine-only')`.")
 

@@ -98,12 +98,11 @@ def _batches_tracked(layer) -> int|None:
     tracked = stats_buffers(layer).get('num_batches_tracked')
     return None if tracked is None else int(tracked)
 
-# %% ../nbs/06_learner.ipynb #0425eeb6
+# %% ../nbs/06_learner.ipynb #3dff3ea0
 def _told(modes:dict) -> str: return ', '.join(f'{side}={mode!r}' for side,mode in modes.items())
 
 def _told_change(cb:BatchNormFreeze, at:float) -> str:
-    epoch,batch = cb.schedule_log.get(at, (None, None))
-    when = '' if epoch is None else f' (in the last fit from epoch {epoch}, batch {batch})'
+    when = ' (in the last fit from epoch {}, batch {})'.format(*cb.schedule_log[at]) if at in cb.schedule_log else ''
     return f'from {at:.4g} of a fit {_told(cb.schedule[at])}{when}'
 
 def _title(learn:Learner, cb:BatchNormFreeze|None) -> str:

@@ -49,7 +49,7 @@ def check_policy(
             for glob in rule: check_glob(glob, names)
     return Policy(*(rule if isinstance(rule, str) else dict(rule) for rule in policy))
 
-# %% ../nbs/01_policy.ipynb #901d65ae
+# %% ../nbs/01_policy.ipynb #42154efb
 def check_schedule(
     schedule:Mapping|None, # Fraction of a fit, between 0 and 1, to what changes there: a dict with `bn`, `bn_above` or both
     model:nn.Module=None, # If given, each glob has to match at least one of its norm layers
@@ -64,7 +64,7 @@ def check_schedule(
         if not isinstance(change, Mapping) or not change or change.keys() - {*Policy._fields}:
             raise ValueError(f"`schedule` maps a fraction to a dict with 'bn', 'bn_above' or both, as in {_EXAMPLE}, not to {change!r}.")
     copied = lambda change: {side: rule for side,rule in check_policy(Policy(**change), model)._asdict().items() if side in change}
-    return {at: copied(schedule[at]) for at in sorted(schedule)}
+    return {float(at): copied(schedule[at]) for at in sorted(schedule)}
 
 _EXAMPLE = "{0.7: dict(bn_above='affine-only')}"
 

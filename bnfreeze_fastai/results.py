@@ -8,26 +8,32 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['GROWING', 'NAN', 'COLUMNS', 'write_whole', 'write_json', 'as_json', 'Results']
 
-# %% ../nbs/06b_results.ipynb #03235641
+# %% ../nbs/06b_results.ipynb #30a393f4
 import json, os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 
-# %% ../nbs/06b_results.ipynb #15a71c01
+# %% ../nbs/06b_results.ipynb #0bfe8777
 def write_whole(
     path:Path, # Of the file
     text:str, # All that it is to hold
 ):
-    "Write `text` to `path` in one step"
+    "Write `text` to `path` in one step; an `OSError` names it and leaves what was there"
     part = path.with_name(path.name + '.part')
     part.unlink(missing_ok=True) # of a process that was killed, or a link that somebody laid there
-    with open(part, 'x', encoding='utf-8') as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, 'x', encoding='utf-8') as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException as e:
+        with suppress(OSError): part.unlink(missing_ok=True)
+        if not isinstance(e, OSError): raise
+        raise type(e)(e.errno, f'{e.strerror}; what was there stays', str(path)) from None
 
 # %% ../nbs/06b_results.ipynb #f36f3d33
 def write_json(
@@ -37,7 +43,7 @@ def write_json(
     "Write `settings` to `path` in one step, for people to read"
     write_whole(path, json.dumps(settings, indent=2, ensure_ascii=False) + '\n')
 
-# %% ../nbs/06b_results.ipynb #252e85a2
+# %% ../nbs/06b_results.ipynb #ce8caf48
 GROWING,NAN = 'policies','nan'
 COLUMNS = ('policy', 'seed', 'epoch', 'train_loss', 'valid_loss', 'stats_moved', 'affine_moved', 'seconds', 'precomputed', 'weights')
 
@@ -51,18 +57,21 @@ def _wrong(text:str, df:pd.DataFrame, old) -> str|None: # In words
     "What shows that a file was not written here, or not in full"
     if missing := set(COLUMNS) - set(df.columns): return f'there are no columns {sorted(missing)}'
     if not text.endswith('\n') or (df['weights'].fillna('') == '').any(): return 'it was cut off'
-    if words := list(df.drop(columns=['policy', 'weights']).select_dtypes(exclude=['number', 'bool'])): return f'no numbers in {words}'
-    if df.duplicated(['policy', 'seed', 'epoch']).any(): return 'a run is there twice'
+    kinds = dict(seed='i', epoch='i', precomputed='b', policy='OSTU', weights='OSTU')
+    if words := [c for c in df if df[c].dtype.kind not in kinds.get(c, 'if')]: return f'no numbers in {words}'
+    runs = df.groupby(['policy', 'seed'])['epoch']
+    if any(list(e) != list(range(len(e))) for _,e in runs): return 'a run is not there once, from its start'
     if not isinstance(old, dict) or not isinstance(old.get(GROWING), dict): return 'the settings are no settings'
+    if others := sorted(set(df['policy']) - set(old[GROWING])): return f'the settings have no policies {others}'
 
 def _differing(old:dict, new:dict) -> list[str]: # What differs, in words
     told = lambda where,k: repr(where[k]) if k in where else 'not set'
     tell = lambda a,b,keys,of='': [f'{of}{k} ({told(a, k)} there, {told(b, k)} now)' for k in keys if a.get(k) != b.get(k)]
-    shared = old.get(GROWING, {}).keys() & new.get(GROWING, {}).keys()
+    shared = old[GROWING].keys() & new.get(GROWING, {}).keys()
     others = sorted((old.keys() | new.keys()) - {GROWING})
-    return tell(old, new, others) + tell(old.get(GROWING, {}), new.get(GROWING, {}), sorted(shared), 'policy ')
+    return tell(old, new, others) + tell(old[GROWING], new.get(GROWING, {}), sorted(shared), 'policy ')
 
-# %% ../nbs/06b_results.ipynb #41706ba8
+# %% ../nbs/06b_results.ipynb #4847bb11
 class Results:
     "Finished runs in a CSV file, with their settings in a JSON file of the same name"
     def __init__(self,
@@ -88,8 +97,17 @@ class Results:
         if differing := _differing(old, self.settings):
             raise ValueError(f"The runs in {self.path} have other settings: {'; '.join(differing)}. Give another file, or `resume=False` "
                              "to replace them.")
-        self.settings[GROWING] = {**old.get(GROWING, {}), **self.settings.get(GROWING, {})}
+        self.settings[GROWING] = {**old[GROWING], **self.settings.get(GROWING, {})}
         return df
+
+    def check_writable(self):
+        "Raise `ValueError` if runs could not be added"
+        if self.path is None: return
+        there = next(p for p in self.path.absolute().parents if p.exists())
+        if there.is_dir() and os.access(there, os.W_OK | os.X_OK) and not self.path.is_dir(): return
+        if self.path.is_dir(): raise ValueError(f"Results cannot be written to {self.path}, which is a folder. Give a file in it.")
+        raise ValueError(f"Results cannot be written to {self.path}: {there} is {'read-only' if there.is_dir() else 'a file'}. Give a file "
+                         "in another folder.")
 
     def has(self,
         policy:str, # Name

@@ -8,10 +8,11 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['snapshot', 'symmetric_kl', 'bn_drift', 'moved', 'layers_with_stats', 'bn_shift', 'recalibrate_bn']
 
-# %% ../nbs/02_stats.ipynb #0fa8190e
+# %% ../nbs/02_stats.ipynb #e58cf9c5
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import pandas as pd, torch
@@ -151,7 +152,7 @@ def _observer(method:str, preserve:bool) -> type[Observer]:
     if method not in list(_METHODS): raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(map(repr, _METHODS))}.")
     return Observer if preserve and method == 'sequential' else _METHODS[method] # the inputs of all layers will stay as they are
 
-# %% ../nbs/02_stats.ipynb #ca0a2818
+# %% ../nbs/02_stats.ipynb #4d5dad42
 def _check_writable(model:nn.Module, chosen:Mapping[str, nn.Module], preserve:bool):
     "Raise `ValueError` where weight and bias are missing, or a tensor to be written belongs to another layer too"
     has_affine = lambda l: all(isinstance(getattr(l, k, None), nn.Parameter) for k in _HALVES['affine'])
@@ -175,20 +176,22 @@ def _new_values(layer:nn.Module, m:Moments, count:int, old:Mapping[str, Tensor]|
     sigma,new_sigma = (old['running_var']+layer.eps).sqrt(),(var+layer.eps).sqrt()
     return {**values, 'weight': old['weight']*new_sigma/sigma, 'bias': old['bias'] + old['weight']*(mean-old['running_mean'])/sigma}
 
-def _write(values:Mapping[str, tuple[Tensor, Tensor]]):
-    "Set each tensor to its new value, given by name: all of them, or on an exception none"
+@contextmanager
+def _written(values:Mapping[str, tuple[Tensor, Tensor]]):
+    "Each tensor set to its new value, given by name; on an exception in the block, to its old one"
     new = {t: v.to(t.device, t.dtype) for t,v in values.values()}
     infinite = [n for n,(t,_) in values.items() if not new[t].isfinite().all()]
     if infinite: raise ValueError(f"The new values of {infinite} are not finite in their type {values[infinite[0]][0].dtype}.")
     old = {t: t.detach().clone() for t in new}
-    with torch.no_grad():
-        try:
-            for t,v in new.items(): t.copy_(v)
-        except BaseException:
-            for t,v in old.items(): t.copy_(v)
-            raise
+    put = torch.no_grad()(lambda values: [t.copy_(v) for t,v in values.items()])
+    try:
+        put(new)
+        yield
+    except BaseException:
+        put(old)
+        raise
 
-# %% ../nbs/02_stats.ipynb #30658b8a
+# %% ../nbs/02_stats.ipynb #e4328643
 def recalibrate_bn(
     model:nn.Module, # Any model
     batches:Iterable, # Tensors, or tuples with the model's inputs first; of training size; for `'sequential'` to be gone through again
@@ -205,8 +208,8 @@ def recalibrate_bn(
     before = _stored(model)
     found,count = _measure(model, batches, chosen, observer, n_batches, n_inp, progress)
     values = {n: _new_values(chosen[n], m, count, before[n] if preserve else None) for n,m in found.items()}
-    _write({f'{n}.{k}': (getattr(chosen[n], k), v) for n in values for k,v in values[n].items()})
-    unreached = [n for n in chosen if n not in found]
-    if unreached: warnings.warn(f"No batch reached {unreached}, which keep their statistics: in evaluation mode the model does not "
-                                "call these layers.", stacklevel=2)
-    return bn_drift(model, before)
+    with _written({f'{n}.{k}': (getattr(chosen[n], k), v) for n in values for k,v in values[n].items()}):
+        unreached = [n for n in chosen if n not in found]
+        if unreached: warnings.warn(f"No batch reached {unreached}, which keep their statistics: in evaluation mode the model does not "
+                                    "call these layers.", stacklevel=2)
+        return bn_drift(model, before)

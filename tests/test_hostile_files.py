@@ -99,6 +99,13 @@ CSV = {
     'a number that is too large': HEADER + ROW.replace('train,0', f'train,{"9" * 30}'),
     'zero bytes': HEADER + '\0' * 1000 + '\n',
     'a run twice': HEADER + ROW + ROW,
+    'a run without its start': HEADER + ROW.replace('train,0,0', 'train,0,1'),
+    'epochs in another order': HEADER + ROW.replace('train,0,0', 'train,0,1') + ROW,
+    'a truth for a number': HEADER + ROW.replace('1.0,1.0', '1.0,True'),
+    'a number for a truth': HEADER + ROW.replace('False', '5'),
+    'a seed that is no number': HEADER + ROW.replace('train,0', 'train,nan'),
+    'a policy that the settings do not have': HEADER + ROW.replace('train', 'mine'),
+    'no policy': HEADER + ROW.replace('train', ''),
     'more columns than names': HEADER + ROW.replace('ab', 'ab,1,2,3'),
     'no columns': '\n',
     'nothing': '',
@@ -146,6 +153,13 @@ def test_settings(kind):
     compare()
     write(Path('runs.json'), JSON[kind])
     refused()
+
+
+def test_a_folder_in_the_place_of_results():
+    Path('runs.csv').mkdir()
+    for resume in (True, False):
+        with pytest.raises(ValueError, match='runs.csv'):
+            compare(resume=resume)
 
 
 def test_both_are_replaced_on_request():

@@ -1,11 +1,12 @@
 "The repository agrees with itself: modules and README with the notebooks, the notebooks with the house"
 
-import json, re, shutil, subprocess, sys
+import importlib.util, json, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import metadata, version
 from pathlib import Path
 
-import pytest
+import pandas as pd, pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -14,6 +15,7 @@ FLOORS = [
     'core',
     'restore',
     'ranks',
+    'folders',
     'moments',
     'batches',
     'observe',
@@ -109,3 +111,24 @@ def test_notebook_reads_like_a_page(path):
     for c in cells:
         if c['cell_type'] == 'code':
             assert max(map(len, ''.join(c['source']).splitlines())) <= 140, ''.join(c['source'])
+
+
+def test_bounds_are_what_was_seen_to_pass():
+    cfg = ConfigParser(delimiters=['='])
+    cfg.read(ROOT / 'settings.ini', encoding='utf-8')
+    settings = cfg['DEFAULT']
+    bounds = dict(re.findall(r'(\S+?)>=([\d.]+)', settings['requirements']))
+    rows = pd.read_csv(ROOT / 'versions' / 'table.csv', dtype=str).to_dict('records')
+    oldest = next(row for row in rows if row['versions'] == 'oldest')
+    told = oldest.keys() & bounds.keys()
+    assert len(told) > 5 and all(Version(oldest[name]) == Version(bounds[name]) for name in told)
+    pythons = {row['python'].rpartition('.')[0] for row in rows}
+    assert pythons == set(re.findall(r'Python :: (3\.\d+)', settings['classifiers'])) and settings['min_python'] in pythons
+    assert f'fastai {bounds["fastai"]}' in (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert all(re.fullmatch(r'\d+ passed', row['result']) for row in rows)
+
+
+def test_quick_tests_are_there():
+    spec = importlib.util.spec_from_file_location('noxfile', ROOT / 'noxfile.py')
+    spec.loader.exec_module(noxfile := importlib.util.module_from_spec(spec))
+    assert all((ROOT / 'tests' / f'test_{name}.py').exists() for name in noxfile.QUICK)

@@ -1,5 +1,6 @@
 "A policy that changes in the midst of a fit"
 
+from fractions import Fraction
 from math import ceil
 
 import pytest, torch
@@ -16,7 +17,8 @@ class ByBatch(Callback):
     run_valid = False
 
     def before_fit(self):
-        self.moved = []
+        if not self.learn.lock.locked():  # else a validation in a fit
+            self.moved = []
 
     def before_batch(self):
         self.body = Body(self.learn.model[0])
@@ -255,3 +257,101 @@ def test_the_callers_schedule_is_copied():
     cb = BatchNormFreeze(schedule=schedule)
     schedule[0.7]['bn_above']['0.*'] = 'train'
     assert cb.schedule == {0.7: dict(bn_above={'0.*': 'frozen'})}
+
+
+class Validates(Callback):
+    "In the midst of a fit; puts back what the fit goes on with, but not where it is"
+
+    def __init__(self, event, at):
+        self.at = at
+        setattr(self, event, self.look)
+
+    def look(self):
+        if self.learn.lock.locked() or (self.epoch, self.iter) != self.at or not getattr(self, 'training', True):
+            return
+        kept = {k: getattr(self.learn, k) for k in ('dl', 'xb', 'yb', 'training', 'epoch', 'iter') if hasattr(self.learn, k)}
+        self.learn.validate()
+        for k, v in kept.items():
+            setattr(self.learn, k, v)
+        self.learn.model.train()
+
+
+@pytest.mark.parametrize('at', [(0, 0), (1, 1), (2, 0), (3, 0)])
+def test_a_validation_in_the_midst_of_a_fit(at):
+    learn = scheduled({0.5: dict(bn_above='affine-only')})
+    learn.fit(4, cbs=Validates('after_step', at))
+    assert ['stats' in moved for moved in learn.by_batch.moved] == [True] * 6 + [False] * 6
+    assert learn.batch_norm_freeze.schedule_log == {0.5: (2, 0)}
+
+
+class ValidatesBeforeEpochs(Callback):
+    def before_epoch(self):
+        if not self.learn.lock.locked():
+            self.learn.validate()
+
+
+def test_a_validation_before_each_epoch():
+    learn = scheduled({0.7: dict(bn_above='affine-only')})
+    moved = []
+
+    class Looks(Callback):
+        def before_batch(self):
+            self.body = Body(self.learn.model[0])
+
+        def after_batch(self):
+            if self.training:
+                moved.append('stats' in self.body.moved())
+
+    learn.fit(10, cbs=[ValidatesBeforeEpochs(), Looks()])
+    assert moved == [True] * 21 + [False] * 9
+
+
+def test_a_loader_that_gives_more_than_it_says():
+    learn = scheduled({0.5: dict(bn_above='affine-only')})
+    learn.dls.train.__class__ = type('Short', (type(learn.dls.train),), {'__len__': lambda self: 2})
+    learn.fit(2)
+    assert ['stats' in moved for moved in learn.by_batch.moved] == [True] * 2 + [False] * 4
+
+
+class Freezes(Callback):
+    def before_batch(self):
+        if self.training and self.epoch == self.iter == 0:
+            self.learn.model[0][1].weight.requires_grad = self.learn.model[0][1].bias.requires_grad = False
+
+
+@pytest.mark.parametrize('schedule', [{0.6: dict(bn='affine-only')}, {0.6: dict(bn_above={'1.*': 'frozen', '*': 'train'})}])
+def test_what_another_callback_froze_stays_frozen(schedule):
+    learn = scheduled(schedule)
+    learn.fit(3, cbs=Freezes())
+    assert [p.requires_grad for p in learn.model[0][1].parameters()] == [False, False]
+    assert all('affine' in moved for moved in learn.by_batch.moved)  # of the other layer
+
+
+def test_a_later_stage_after_an_error():
+    learn = scheduled({0.5: dict(bn_above='affine-only')})
+    with pytest.raises(ValueError, match='x'):
+        learn.fit(2, cbs=Stops(ValueError('x')))
+    learn.batch_norm_freeze.schedule = {}
+    assert set(learn.bn_summary().df['mode']) == {'affine-only'}
+    learn.lr_find(num_it=12, show_plot=False)
+    assert set(learn.bn_summary().df['mode']) == {'train'}
+
+
+def test_fractions_of_any_kind():
+    cb = BatchNormFreeze(schedule={Fraction(1, 3): dict(bn='train')})
+    assert 'from 0.3333 of a fit' in repr(make_learner(cbs=cb).bn_summary())
+
+
+@pytest.mark.filterwarnings('error:There was nothing to fuse')
+@pytest.mark.parametrize('end,epochs', [('affine-only', 1), ('affine-only', 2), ('frozen', 3)])
+def test_fusion_starts_with_the_stage(end, epochs):
+    learns = [scheduled({0.5: dict(bn_above=end)}) for _ in range(2)]
+    learns[1].fuse_bn()
+    for learn in learns:
+        set_seed(1)
+        learn.dls.train.rng.seed(1)
+        learn.fit(epochs)
+    fused = learns[1].batch_norm_fuse.pairs
+    assert fused.batch_norm.tolist() == ['0.1', '0.4']
+    for p, q in zip(learns[1].model.parameters(), learns[0].model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
