@@ -107,8 +107,8 @@ def check_faults():
 
 
 def check_one_of_each():
-    "But those that start processes of their own, which take a minute each"
-    rows = run('x', [case for case in plan('x', number=0) if 'process' not in case[2]], float('inf'))
+    "But those that start processes of their own, which take a minute each, and Ctrl-C at moments when PyTorch cannot take it"
+    rows = run('x', [case for case in plan('x', number=0) if not re.search('process|any moment', case[2])], float('inf'))
     assert len(rows) > 15 and not [row for row in rows if row['wrong']]
 
 

@@ -33,7 +33,7 @@ def scheduled(schedule, bn_above='train', n=0, **kwargs):
     return learn
 
 
-@pytest.mark.parametrize('at,epochs', [(at, n) for at in (0.01, 1 / 3, 0.5, 0.7, 0.99) for n in (1, 3, 10)])
+@pytest.mark.parametrize('at,epochs', [(at, n) for at in (0.01, 1 / 3, 0.5, 0.7, 0.99) for n in (1, 3, 10)] + [(5 / 6, 2)])
 def test_from_which_batch_on(at, epochs):
     learn = scheduled({at: dict(bn_above='affine-only')})
     learn.fit(epochs)
@@ -101,7 +101,7 @@ class MovesMean(Callback):
     ('affine-only', 'frozen', (0, 1), True),
 ])  # fmt: skip
 def test_what_was_fixed_is_checked_on_each_side_of_the_change(start, end, at, raises):
-    learn = scheduled({0.4: dict(bn_above=end)}, start)  # in batch 2 of the first of two epochs
+    learn = scheduled({0.3: dict(bn_above=end)}, start)  # in batch 2 of the first of two epochs
     if not raises:
         return learn.fit(2, cbs=MovesMean(*at))
     with pytest.raises(RuntimeError, match='0.1.running_mean'):
@@ -117,7 +117,9 @@ def test_freed_and_fixed_again_is_checked_against_what_it_is_then():
 
 def test_lr_find_keeps_the_first_stage():
     learn = scheduled({0.1: dict(bn_above='frozen')})
+    learn.fit(1)
     learn.lr_find(num_it=12, show_plot=False)
+    assert learn.batch_norm_freeze.schedule_log == {}  # of the last fit
     assert learn.by_batch.moved and all('stats' in moved for moved in learn.by_batch.moved)
 
 
@@ -307,8 +309,8 @@ def test_a_validation_before_each_epoch():
 
 
 def test_a_loader_that_gives_more_than_it_says():
-    learn = scheduled({0.5: dict(bn_above='affine-only')})
-    learn.dls.train.__class__ = type('Short', (type(learn.dls.train),), {'__len__': lambda self: 2})
+    learn = scheduled({0.6: dict(bn_above='affine-only')})
+    learn.dls.train.__class__ = type('Short', (type(learn.dls.train),), {'__len__': lambda self: 1})
     learn.fit(2)
     assert ['stats' in moved for moved in learn.by_batch.moved] == [True] * 2 + [False] * 4
 
