@@ -288,7 +288,7 @@ def _fixed_names(self:BatchNormFreeze, modes:dict[str, str], tensors:dict[str, T
     fixed = {*self._fixed_params, *stats}
     return [n for n,t in tensors.items() if t in fixed and not is_lazy(t)]
 
-# %% ../nbs/03_callback.ipynb #ade4f5eb
+# %% ../nbs/03_callback.ipynb #d4904275
 @patch
 def _plan(self:BatchNormFreeze):
     "The stages of a fit, at the first; `lr_find`, which compares the batches of one fit, has but one"
@@ -303,7 +303,9 @@ def _stage_now(self:BatchNormFreeze) -> int:
 @patch
 def _off_after(self:BatchNormFreeze, stage:int) -> set[nn.Parameter]:
     "Go to `stage`; norm layers' parameters that are off, unless their layer's mode has changed by that"
-    before,off = self.modes(),{p for p in norm_params(self.model) if not p.requires_grad}
+    off = {p for p in norm_params(self.model) if not p.requires_grad}
+    if stage == self._stage: return off
+    before = self.modes()
     for at,_ in self._stages[self._stage+1:stage+1]: self.schedule_log[at] = self._epoch,self._batch
     self._stage = stage
     layers,after = norm_layers(self.model),self.modes()
@@ -319,7 +321,7 @@ def _refuse_to_change_what_trains(self:BatchNormFreeze):
             raise ValueError(f"From {at} of the fit on, `schedule` changes whether weight and bias of {changed} are trained, which a "
                              "distributed fit cannot follow: change only the statistics there, or train the last part in a fit of its own.")
 
-# %% ../nbs/03_callback.ipynb #5637a8ef
+# %% ../nbs/03_callback.ipynb #44540f32
 @patch
 def _check_fixed(self:BatchNormFreeze):
     "See that nothing fixed has moved"
@@ -331,7 +333,7 @@ def _check_fixed(self:BatchNormFreeze):
     raise RuntimeError(f"These tensors are fixed by the policy or the freeze point, but changed in the fit: {changed}. "
                        "Something writes them: look at the other callbacks and at the optimizer, or pass `verify=False` to let it.")
 
-for event in ('after_train', 'after_cancel_epoch', 'after_cancel_fit'): setattr(BatchNormFreeze, event, BatchNormFreeze._check_fixed)
+BatchNormFreeze.after_train = BatchNormFreeze.after_cancel_epoch = BatchNormFreeze.after_cancel_fit = BatchNormFreeze._check_fixed
 
 # %% ../nbs/03_callback.ipynb #93a496cb
 @patch

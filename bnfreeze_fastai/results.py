@@ -71,7 +71,7 @@ def _differing(old:dict, new:dict) -> list[str]: # What differs, in words
     others = sorted((old.keys() | new.keys()) - {GROWING})
     return tell(old, new, others) + tell(old[GROWING], new.get(GROWING, {}), sorted(shared), 'policy ')
 
-# %% ../nbs/06b_results.ipynb #4847bb11
+# %% ../nbs/06b_results.ipynb #a7c1da5b
 class Results:
     "Finished runs in a CSV file, with their settings in a JSON file of the same name"
     def __init__(self,
@@ -103,9 +103,9 @@ class Results:
     def check_writable(self):
         "Raise `ValueError` if runs could not be added"
         if self.path is None: return
-        there = next(p for p in self.path.absolute().parents if p.exists())
-        if there.is_dir() and os.access(there, os.W_OK | os.X_OK) and not self.path.is_dir(): return
         if self.path.is_dir(): raise ValueError(f"Results cannot be written to {self.path}, which is a folder. Give a file in it.")
+        there = next(p for p in self.path.absolute().parents if p.exists())
+        if there.is_dir() and os.access(there, os.W_OK | os.X_OK): return
         raise ValueError(f"Results cannot be written to {self.path}: {there} is {'read-only' if there.is_dir() else 'a file'}. Give a file "
                          "in another folder.")
 

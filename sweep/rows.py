@@ -13,11 +13,16 @@ CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload([__name__])  # the imports take longer than most networks
 
 
+def failed(e):
+    "An exception, short enough for a table"
+    return f'failed: {type(e).__name__}: {" ".join(str(e).split())[:200]}'
+
+
 def attempt(check, *args):
     try:
         return check(*args)
     except Exception as e:
-        return f'failed: {type(e).__name__}: {" ".join(str(e).split())[:200]}'
+        return failed(e)
 
 
 def examine(network):
@@ -42,7 +47,7 @@ def work(network, pipe):
         for row in examine(network):
             pipe.send(row)
     except Exception as e:
-        pipe.send(dict(modes=f'failed: {type(e).__name__}: {" ".join(str(e).split())[:200]}'))
+        pipe.send(dict(modes=failed(e)))
 
 
 def find_row(network):
