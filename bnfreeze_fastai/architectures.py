@@ -51,7 +51,7 @@ def load_body(
     model:nn.Module, # As it was saved
     weights:Mapping[str, torch.Tensor], # From `read_weights`
     body:set, # The parameters and buffers of `model` that have to be there
-):
+) -> None:
     "Load the body's tensors into `model`, and others where they fit; `ValueError` that lists those which do not"
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     fits = {k: v for k,v in weights.items() if k in own and v.shape == own[k].shape}
@@ -84,7 +84,7 @@ def _own_function(spec:str) -> Callable:
 
 def check_architecture(
     arch:str, # See `make_model`
-):
+) -> None:
     "Raise `ValueError`, with names that are near, for one that is not known"
     if '.py:' in arch and _own_function(arch): return
     ours,timms = _known()
@@ -146,7 +146,7 @@ def make_model(
     arch:str, # Name in torchvision or timm, or `file.py:function`
     weights:str, # `'pretrained'`, `'none'`, or a file with a `state_dict`
     n_out:int, # Classes
-    size:int=None, # Pixels; if given, an image of that size is tried
+    size:int|None=None, # Pixels; if given, an image of that size is tried
 ) -> tuple[nn.Module, Callable, tuple]: # And the splitter for body and head, and the mean and standard deviation of images it was made for
     "A network with a new head; `ValueError` if it is not known, or its weights do not fit"
     check_architecture(arch)
@@ -162,7 +162,7 @@ def image_learner(
     weights:str, # Likewise
     size:int, # Pixels of a side
     bs:int, # Batch size
-    num_workers:int=None, # Processes that load images; fastai's default if not given
+    num_workers:int|None=None, # Processes that load images; fastai's default if not given
 ) -> Learner:
     "A Learner for a folder of images, with accuracy as its metric"
     model,splitter,stats = make_model(arch, weights, len(images.classes))

@@ -38,7 +38,7 @@ def _devices(x) -> set[torch.device]:
 def check_device(
     inputs:tuple, # Of the model
     model:nn.Module,
-):
+) -> None:
     "Raise `ValueError` if none of the inputs is where the model is; some models take a few on the CPU, such as lengths"
     theirs,ours = _devices(inputs),{t.device for t in (*model.parameters(), *model.buffers())}
     if not theirs or not ours or theirs & ours: return

@@ -10,7 +10,9 @@ __all__ = ['active_callback', 'BatchNormFreeze', 'as_groups', 'frozen_in_force',
 
 # %% ../nbs/03_callback.ipynb #e7b03ba2
 import warnings
+from collections.abc import Set
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from fastai.callback.core import TrainEvalCallback
@@ -24,7 +26,7 @@ from torch.nn.parameter import is_lazy
 from .core import (MODES, affine_params, bn_mode, forget_copied_holds, held_stats, is_compiled, is_frozen_norm,
                                   norm_layers, norm_params, set_affine, stats_buffers, warn_fixed_stats)
 from .fixed import all_ranks, drop_grads, fingerprint, level_slow_weights, named_tensors
-from .policy import Policy, check_policy, check_schedule, frozen_groups, layer_modes, stages
+from .policy import ModeSpec, Policy, Schedule, check_policy, check_schedule, frozen_groups, layer_modes, stages
 from .ranks import is_distributed
 from .stats import snapshot
 
@@ -40,19 +42,21 @@ class BatchNormFreeze(Callback):
     "Keep the batch norm modes of a policy in every fit of a Learner, relative to its freeze point"
     order = TrainEvalCallback.order+1 # just after the switch to train mode, before anything that wraps the model or swaps its weights
     run_valid = False
+    bn_start:dict[str, dict[str, Tensor]] # a snapshot of the model when the policy was set
+    schedule_log:dict[float, tuple[int, int]] # fraction of the last fit to the epoch and batch in which its change came
     _learn,_stateattrs = None,('_held', '_frozen_at', '_fixed', '_prints', '_opt', '_idx', '_pending', '_traced', '_stages', '_stage',
                                '_epoch', '_batch', '_n_batches')
 
     def __init__(self,
-        bn:str|dict='frozen', # Mode of norm layers in frozen groups, or a dict of globs over layer names to modes
-        bn_above:str|dict='train', # The same for trained groups
+        bn:ModeSpec='frozen', # Mode of norm layers in frozen groups, or a dict of globs over layer names to modes
+        bn_above:ModeSpec='train', # The same for trained groups
         verify:bool=True, # Check after each training epoch that what is fixed has not changed, and raise `RuntimeError` if it has?
-        schedule:dict=None, # Fraction of a fit to what changes from there on, such as `{0.7: dict(bn_above='affine-only')}`
+        schedule:Schedule|None=None, # Fraction of a fit to what changes from there on, such as `{0.7: dict(bn_above='affine-only')}`
     ):
         self._init_state()
         self._n,self._groups,self._fixed_params,self._found,self._warned = 0,[],[],{},set()
         self.bn_policy,self.bn_start,self.verify = check_policy(Policy(bn, bn_above)),{},verify
-        self.schedule,self.schedule_log = check_schedule(schedule),{} # the log: fraction to epoch and batch of the last fit
+        self.schedule,self.schedule_log = check_schedule(schedule),{}
 
     def _init_state(self):
         self._held,self._frozen_at,self._fixed,self._prints,self._pending = ExitStack(),None,None,{},False
@@ -60,9 +64,9 @@ class BatchNormFreeze(Callback):
         self._stages,self._stage,self._epoch,self._batch,self._n_batches = [],0,0,0,1
 
     @property
-    def learn(self): return self._learn
+    def learn(self) -> Learner|None: return self._learn
     @learn.setter
-    def learn(self, learn):
+    def learn(self, learn:Learner|None) -> None:
         if learn is not None:
             check_policy(self.bn_policy, learn.model)
             check_schedule(self.schedule, learn.model)
@@ -71,7 +75,7 @@ class BatchNormFreeze(Callback):
         if learn is not None: self._attach()
 
 # %% ../nbs/03_callback.ipynb #7e31d4ee
-def as_groups(split:list) -> list[list[nn.Parameter]]:
+def as_groups(split:list[Any]) -> list[list[nn.Parameter]]:
     "What a splitter returns, as a list of lists"
     if not split or isinstance(split[0], Tensor): return [list(split)]
     return [list(g['params'] if isinstance(g, dict) else g) for g in split]
@@ -80,7 +84,7 @@ def as_groups(split:list) -> list[list[nn.Parameter]]:
 @patch
 def split(self:BatchNormFreeze,
     model:nn.Module,
-) -> list: # What the Learner's own splitter returns
+) -> list[Any]: # What the Learner's own splitter returns
     "The Learner's own splitter, shown as trainable what the freeze point or the policy froze"
     by_freeze_point = [p for group,frozen in zip(self._groups, frozen_groups(model, self._groups, 0)) if frozen for p in group]
     fixed = [p for p in dict.fromkeys([*self._fixed_params, *by_freeze_point]) if not p.requires_grad]
@@ -155,7 +159,7 @@ def policy_now(self:BatchNormFreeze) -> Policy: return self._stages[self._stage]
 
 @patch
 def modes(self:BatchNormFreeze,
-    policy:Policy=None, # The one in force if not given
+    policy:Policy|None=None, # The one in force if not given
 ) -> dict[str, str]: # Name of each norm layer to its mode
     "The mode that the policy gives every norm layer of the Learner's model at the freeze point in force"
     return layer_modes(self.model, self.opt.param_lists, self.frozen(), policy or self.policy_now)
@@ -185,7 +189,7 @@ def planned_modes(
 # %% ../nbs/03_callback.ipynb #b33fb647
 @patch
 def apply(self:BatchNormFreeze,
-    leave:set[nn.Parameter]=frozenset(), # Norm layers' parameters that stay as they are
+    leave:Set[nn.Parameter]=frozenset(), # Norm layers' parameters that stay as they are
 ) -> dict[str, str]: # Name of each norm layer to its mode
     "Put the policy onto the tensors now, as every fit does: `requires_grad` of norm layers, and no gradient left on what is fixed"
     groups,frozen,modes,layers = self.opt.param_lists,self.frozen(),self.modes(),norm_layers(self.model)
@@ -205,7 +209,7 @@ def apply(self:BatchNormFreeze,
 @patch
 def set_policy(self:BatchNormFreeze,
     policy:Policy,
-):
+) -> None:
     "Follow `policy` from now on, and count movement from here"
     self.bn_policy,self.bn_start = check_policy(policy, self.model),snapshot(self.model)
     self._opt,self._n,self._found,self._frozen_at = None,0,{},None
@@ -213,7 +217,7 @@ def set_policy(self:BatchNormFreeze,
 
 # %% ../nbs/03_callback.ipynb #1a7b66f4
 @patch
-def _hold(self:BatchNormFreeze, leave:set[nn.Parameter]=frozenset()) -> dict[str, str]:
+def _hold(self:BatchNormFreeze, leave:Set[nn.Parameter]=frozenset()) -> dict[str, str]:
     "Put the policy onto the tensors and hold the statistics; returns the mode of each norm layer by name"
     self._release()
     modes,layers,self._frozen_at = self.apply(leave),norm_layers(self.model),self.frozen()
@@ -232,7 +236,7 @@ def _release(self:BatchNormFreeze):
 
 # %% ../nbs/03_callback.ipynb #e50ad2ca
 @patch
-def before_fit(self:BatchNormFreeze):
+def before_fit(self:BatchNormFreeze) -> None:
     "Put the policy onto the tensors and hold the statistics, unless this is a validation"
     if self.learn.lock.locked(): return
     self._release()
@@ -246,17 +250,17 @@ def before_fit(self:BatchNormFreeze):
     self._hold()
 
 @patch
-def before_epoch(self:BatchNormFreeze):
+def before_epoch(self:BatchNormFreeze) -> None:
     "Note the epoch, which a validation in the midst of it would change"
     if not self.learn.lock.locked(): self._epoch = self.learn.epoch
 
 @patch
-def before_train(self:BatchNormFreeze):
+def before_train(self:BatchNormFreeze) -> None:
     "Look up layers and freeze point anew at the first batch, when every other callback has had its say"
     self._pending = active_callback(self.learn) is self
 
 @patch
-def before_batch(self:BatchNormFreeze):
+def before_batch(self:BatchNormFreeze) -> None:
     "Follow the schedule, and what other callbacks did since the last epoch"
     if not self._pending and self._fixed is None: return
     if self._pending: self._batch,self._n_batches = 0,self.n_iter
@@ -264,7 +268,7 @@ def before_batch(self:BatchNormFreeze):
     if (stage := self._stage_now()) != self._stage or self._pending: self._start(stage)
 
 @patch
-def before_step(self:BatchNormFreeze):
+def before_step(self:BatchNormFreeze) -> None:
     "Whatever was thawed during the epoch counts from the next one"
     if self._fixed is not None: drop_grads(self._fixed_params)
 
@@ -337,7 +341,7 @@ BatchNormFreeze.after_train = BatchNormFreeze.after_cancel_epoch = BatchNormFree
 
 # %% ../nbs/03_callback.ipynb #93a496cb
 @patch
-def after_fit(self:BatchNormFreeze):
+def after_fit(self:BatchNormFreeze) -> None:
     "Give back the hold and go back to the first stage, unless a validation inside the fit has ended"
     if self.learn.lock.locked(): return
     self._release()

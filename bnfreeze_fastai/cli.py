@@ -19,7 +19,7 @@ from fastcore.script import anno_parser
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
 # %% ../nbs/08_cli.ipynb #9f7da49e
-def _check_range(name:str, value:int, least:int, most:int=None):
+def _check_range(name:str, value:int, least:int, most:int|None=None):
     if value >= least and (most is None or value <= most): return
     raise ValueError(f"--{name} {value}: give a number from {least} " + ('up' if most is None else f'to {most}'))
 
@@ -38,7 +38,7 @@ def demo(
     images:int=100, # Training images of the new task, 16 (one batch) to 800 (the others are for validation)
     epochs:int=10, # Epochs of each run, 1 or more
     out:str='demo.png', # File for the plot
-):
+) -> None:
     "Train a new head on a pretrained body under each batch norm mode and under fastai's freeze(), and compare"
     _check_range('seeds', seeds, 1)
     _check_range('epochs', epochs, 1)
@@ -109,7 +109,7 @@ def compare(
     skip_unreadable:bool=False, # Leave out images that cannot be read
     jobs:int=1, # Processes
     out:str='bnfreeze-compare', # Folder for results.csv, results.json (settings), report.md and plot.png
-):
+) -> None:
     "Train every batch norm policy in full on a folder of images, and say which differ"
     from bnfreeze_fastai.compare import bn_compare, check_training
     from bnfreeze_fastai.runs import check_policies
@@ -142,7 +142,7 @@ def find(
     valid_pct:float=None, # Part of the images for validation, where there is no folder for them
     skip_unreadable:bool=False, # Leave out images that cannot be read
     out:str='bnfreeze-find', # Folder for trials.csv, settings.json, report.md and plot.png
-):
+) -> None:
     "Suggest a batch norm mode for a folder of images by short trials, and say whether it is more than noise"
     import bnfreeze_fastai.find # patches `bn_find` in
     from bnfreeze_fastai.results import write_json
@@ -165,8 +165,8 @@ COMMANDS = {'demo': demo, 'compare': compare, 'find': find}
 
 # %% ../nbs/08_cli.ipynb #fd755636
 def main(
-    args:list[str]=None, # Arguments; `None` for those of the process
-):
+    args:list[str]|None=None, # Arguments; `None` for those of the process
+) -> None:
     "Run a subcommand; bad input prints what is allowed and exits with status 2"
     args = sys.argv[1:] if args is None else args
     usage = 'usage: bnfreeze COMMAND [options]\n\n' + '\n'.join(f'  {name:<8} {f.__doc__}' for name,f in COMMANDS.items())

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt, pandas as pd
+from fastai.learner import Learner
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 
@@ -24,12 +26,13 @@ from .folders import process_folder
 from .plots import plot_differences, plot_scores
 from .restore import kept_rng
 from .results import COLUMNS, Results
-from .runs import (FITS, as_seeds, check_epochs, check_lr, check_policies, n_batches, new_learner, put_policy, run_policy,
-                                  weights_hash)
+from .runs import (FITS, Fit, Policies, as_seeds, check_epochs, check_lr, check_policies, n_batches, new_learner, put_policy,
+                                  run_policy, weights_hash)
 
 # %% ../nbs/07_compare.ipynb #97f47646
 class Comparison:
     "Runs of several policies: a DataFrame as `.df`, tables and a plot; shows both tables where it is shown"
+    df:pd.DataFrame
     def __init__(self,
         df:pd.DataFrame, # One row per policy, seed and epoch
         score:str, # Column that policies are compared by
@@ -74,18 +77,18 @@ class Comparison:
         yield f'{self.score} after the last epoch{missing}',self.summary
         yield f'Paired differences in {self.score}, with joint 95% intervals',self.differences
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return '\n\n'.join(f'{title}\n\n{table_text(df)}' for title,df in self.tables())
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         return ''.join(table_html(title, df) for title,df in self.tables())
 
 # %% ../nbs/07_compare.ipynb #e6d6c247
 def check_training(
     epochs:int, # See `bn_compare`
-    fit:str|Callable, # See there
+    fit:Fit, # See there
     freeze_to:int, # See there
     lr:float|slice|None=None, # See there
-):
+) -> None:
     "Raise `ValueError` for training that cannot be"
     check_epochs(epochs)
     check_lr(lr)
@@ -155,18 +158,18 @@ def _score(df:pd.DataFrame) -> str:
     return next(iter(columns[columns.index('valid_loss')+1:columns.index('stats_moved')]), 'valid_loss') if columns else 'valid_loss'
 
 def bn_compare(
-    get_learner:Callable, # Makes a new Learner; it is given `seed` if it has a parameter of that name
-    policies:Iterable[str]|Mapping=None, # Modes and `'fastai'`, or a dict of names to policies (see *runs*); these five if not given
+    get_learner:Callable[..., Learner], # Makes a new Learner; it is given `seed` if it has a parameter of that name
+    policies:Policies|None=None, # Modes and `'fastai'`, or a dict of names to policies (see *runs*); these five if not given
     epochs:int=5, # Of each run
     seeds:int|Iterable[int]=3, # How many, or which
-    fit:str|Callable='fine_tune', # `'fine_tune'`, `'fit_one_cycle'`, `'fit_flat_cos'`, `'fit'`, or a function of Learner and epochs
+    fit:Fit='fine_tune', # `'fine_tune'`, `'fit_one_cycle'`, `'fit_flat_cos'`, `'fit'`, or a function of Learner and epochs
     freeze_to:int=-1, # Freeze point; 0 trains everything
-    lr:float|slice=None, # Learning rate; the default of `fit` if not given
+    lr:float|slice|None=None, # Learning rate; the default of `fit` if not given
     precompute:bool=True, # Train on stored features where that gives the same losses?
-    n_jobs:int=None, # Processes; as `joblib.parallel_config` says if not given, or one
-    results:str|Path=None, # CSV file for finished runs, with their settings in a JSON file beside
+    n_jobs:int|None=None, # Processes; as `joblib.parallel_config` says if not given, or one
+    results:str|Path|None=None, # CSV file for finished runs, with their settings in a JSON file beside
     resume:bool=True, # Go on from the runs in `results`? Else they are replaced
-    settings:Mapping=None, # What else decides the runs, such as the data; kept and compared with the settings
+    settings:Mapping[str, Any]|None=None, # What else decides the runs, such as the data; kept and compared with the settings
 ) -> Comparison:
     "Train every policy with every seed, from the same weights and over the same batches; Ctrl-C gives what is done"
     policies,seeds = check_policies(policies),as_seeds(seeds)

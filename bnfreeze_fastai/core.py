@@ -106,7 +106,7 @@ def is_compiled(
 def refuse_compiled(
     model:nn.Module,
     why:str, # The rest of the sentence, with the remedy
-):
+) -> None:
     "Raise `ValueError` if `model` was compiled"
     if is_compiled(model): raise ValueError(f"The model was compiled (`torch.compile`), {why}")
 
@@ -135,7 +135,7 @@ def bn_layers(
 def check_glob(
     glob:str, # Pattern as in `fnmatch`, over whole dotted names
     names:Iterable[str], # Names of the norm layers
-):
+) -> None:
     "Raise `ValueError` if `glob` matches none of `names`"
     names = list(names)
     if isinstance(glob, str) and (glob == '*' or any(fnmatchcase(n, glob) for n in names)): return
@@ -184,7 +184,7 @@ def _put_holds(layer:nn.Module, holds:list[_Hold]):
 # %% ../nbs/00_core.ipynb #e2547276
 def forget_copied_holds(
     model:nn.Module, # A copy or a loaded pickle of a model, made while something held its modes
-):
+) -> None:
     "Remove what is left on `model` of the holds of its original"
     for l in bn_layers(model): _holds_on(l)
 
@@ -192,7 +192,7 @@ def forget_copied_holds(
 @contextmanager
 def held_stats(
     modes:Mapping[nn.Module, str], # Norm layer to mode
-):
+) -> Iterator[None]:
     "Hold the statistics half of each layer's mode through any `.train()`; on every way out this hold is gone"
     holds = {l: _Hold(mode) for l,mode in modes.items()}
     try:
@@ -228,8 +228,8 @@ def warn_fixed_stats(
 # %% ../nbs/00_core.ipynb #f1d08dd4
 def set_affine(
     modes:Mapping[nn.Module, str], # Norm layer to mode
-    among:set[nn.Parameter]=None, # Leave all other parameters alone
-):
+    among:set[nn.Parameter]|None=None, # Leave all other parameters alone
+) -> None:
     "Make the affine parameters of each layer require a gradient, or have none, as its mode says"
     fixed = {p for l,mode in modes.items() if not MODES[mode].trains_affine for p in affine_params(l)}
     for p in {p for l in modes for p in affine_params(l)}:
@@ -250,9 +250,9 @@ def _as_layers(model_or_layers) -> dict[str, nn.Module]:
 
 # %% ../nbs/00_core.ipynb #20f560c9
 def set_bn_mode(
-    model_or_layers:nn.Module|Iterable[nn.Module], # A model (all its norm layers are set), or layers
+    model_or_layers:nn.Module|Iterable[nn.Module]|Mapping[str, nn.Module], # A model (all its norm layers are set), or layers
     mode:str, # One of `MODES`; anything else raises `ValueError`
-):
+) -> None:
     "Set the mode of norm layers until it is set anew: it stays through `.train()` and `.eval()`, and copies have it too"
     check_mode(mode)
     layers = _as_layers(model_or_layers)

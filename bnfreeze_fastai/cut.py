@@ -208,7 +208,7 @@ def check_cut(
     model:nn.Module, # Any model
     cut:Cut, # Of it
     x:Tensor, # A few samples
-):
+) -> None:
     "Raise `ValueError` if going on from the features of `x` does not give what the whole model does, in evaluation and in training mode"
     x = x.nan_to_num() # NaN would hide a difference
     with evaluating(model): features = cut.features(x)

@@ -28,10 +28,10 @@ class Uses:
         self.looked_at,self.had_backward = False,False # Did anything else use one? Has there been a backward pass since?
         self.outputs = WeakValueDictionary() # those that somebody still has
 
-    def look(self):
+    def look(self) -> None:
         if not self.looked_at: self.looked_at,self.had_backward = True,False
 
-    def backward(self, *_): self.had_backward = True
+    def backward(self, *_) -> None: self.had_backward = True
 
 # %% ../nbs/02e_deferred.ipynb #45013f26
 class DeferredCall:
@@ -40,7 +40,7 @@ class DeferredCall:
         self.op,self.shape,self.x,self.weight,self.bias,self.uses = op,shape,x,weight,bias,uses # shape of the output
         self._versions = {'input': self.x._version, 'weight': weight._version}
 
-    def check(self, needs_input:bool=True, needs_weight:bool=True):
+    def check(self, needs_input:bool=True, needs_weight:bool=True) -> None:
         "Raise `RuntimeError` if the input or the weight, as needed, is no longer what it was"
         for name,t,needed in (('input', self.x, needs_input), ('weight', self.weight, needs_weight)):
             if needed and t._version != self._versions[name]: raise RuntimeError(
@@ -103,7 +103,7 @@ class Deferred(Tensor):
 
     def __init__(self, call:DeferredCall): self.call,self.fused_with,self.looked_at,self._value = call,set(),False,None
 
-    def look(self):
+    def look(self) -> None:
         self.looked_at = True
         self.call.uses.look()
 
@@ -135,9 +135,9 @@ class Deferred(Tensor):
         args,kwargs = tree_map(lambda t: t.computed() if isinstance(t, cls) else t, (args, kwargs))
         return func(*args, **kwargs)
 
-    def set_value(self, t:Tensor): self.value().data = t
+    def set_value(self, t:Tensor) -> None: self.value().data = t
 
-    def about_autograd(self):
+    def about_autograd(self) -> None:
         self.look()
         if self.fused_with: raise RuntimeError("The output of this convolution was fused with batch norm, so autograd knows nothing of it: "
                                                "ask before batch norm runs, or train without fusion.")

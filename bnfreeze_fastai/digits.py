@@ -60,7 +60,7 @@ class ResBlock(nn.Module):
         conv = lambda n_in,stride: [nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out)]
         self.convs = nn.Sequential(*conv(n_in, stride), nn.ReLU(), *conv(n_out, 1))
         self.shortcut = nn.Sequential() if n_in == n_out else nn.Conv2d(n_in, n_out, 1, stride, bias=False)
-    def forward(self, x): return F.relu(self.convs(x) + self.shortcut(x))
+    def forward(self, x:Tensor) -> Tensor: return F.relu(self.convs(x) + self.shortcut(x))
 
 # %% ../nbs/05b_digits.ipynb #6a037656
 def small_resnet(
@@ -74,7 +74,7 @@ def small_resnet(
 # %% ../nbs/05b_digits.ipynb #6ec3b200
 class ValidateLast(Callback):
     "Validate after the last epoch of a fit only"
-    def before_validate(self):
+    def before_validate(self) -> None:
         if self.epoch < self.n_epoch-1: raise CancelValidException()
 
 def _split(m:nn.Module) -> list: return [params(m[0]), params(m[1])]
@@ -85,7 +85,7 @@ def _learner(dls:DataLoaders, model:nn.Module) -> Learner:
 # %% ../nbs/05b_digits.ipynb #ea159540
 def pretrain(
     n_epoch:int=5, # Epochs on the source task
-    build:Callable=small_resnet, # Makes the network, body and head, for 5 classes
+    build:Callable[[], nn.Module]=small_resnet, # Makes the network, body and head, for 5 classes
 ) -> tuple[nn.Module, float]: # Network, and its accuracy on a held-out fifth
     "Train a network on the source task: grey digits 0 to 4; draws its random numbers from seed 0"
     reseed(0)
@@ -104,7 +104,7 @@ def digit_learner(
     seed:int, # Of the new head, the choice of training images and their order
     n_images:int=100, # Training images, from `bs` up to 895
     bs:int=16, # Batch size
-    recolour:Callable=colour, # From grey images of shape (n, 1, 16, 16) to those of the new task, with 3 channels
+    recolour:Callable[[Tensor], Tensor]=colour, # From grey images of shape (n, 1, 16, 16) to those of the new task, with 3 channels
 ) -> Learner: # Two parameter groups: body and head
     "A Learner for coloured digits 5 to 9, on the pretrained body with a new head"
     reseed(seed)

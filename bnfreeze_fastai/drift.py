@@ -12,6 +12,7 @@ __all__ = ['BatchNormDrift']
 import pandas as pd
 from fastai.callback.core import Callback
 from matplotlib.axes import Axes
+from torch import Tensor
 
 from .plots import plot_bn_drift
 from .stats import bn_drift, snapshot
@@ -19,15 +20,17 @@ from .stats import bn_drift, snapshot
 # %% ../nbs/05a_drift.ipynb #acc77200
 class BatchNormDrift(Callback):
     "Record after each training epoch how far each layer's running statistics are from where they were before the first"
+    start:dict[str, dict[str, Tensor]] # a snapshot from before the first epoch
+    epochs:list[pd.DataFrame] # one of `bn_drift` after each
     def __init__(self): self.start,self.epochs,self.recording = {},[],False
 
-    def before_fit(self):
+    def before_fit(self) -> None:
         "Start, unless a former fit has; after the model was replaced, start anew"
         if self.learn.lock.locked(): return # a validation, perhaps inside a fit
         self.recording,now = not hasattr(self.learn, 'lr_finder'),snapshot(self.learn.model)
         if self.recording and not self.start.keys() & now.keys(): self.start,self.epochs = now,[]
 
-    def after_train(self):
+    def after_train(self) -> None:
         if self.recording: self.epochs.append(bn_drift(self.learn.model, self.start).assign(epoch=len(self.epochs)+1))
 
     @property
@@ -38,7 +41,7 @@ class BatchNormDrift(Callback):
 
     def plot_bn_drift(self,
         value:str='kl', # Column of `df` to show
-        ax:Axes=None, # Axes to draw into; made if not given
+        ax:Axes|None=None, # Axes to draw into; made if not given
     ) -> Axes: # The axes drawn into
         "Layers by depth, epochs as colour"
         return plot_bn_drift(self.df, value, ax)

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['FIND', 'default_candidates', 'Found']
 
 # %% ../nbs/07b_find.ipynb #0b351eb2
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from numbers import Real
 from pathlib import Path
@@ -33,7 +33,8 @@ from .loaders import batch_size, check_loader, in_order, n_samples
 from .plots import plot_bn_drift, plot_trials
 from .policy import Policy, frozen_groups, layer_groups
 from .restore import kept_rng, reseed
-from .runs import as_seeds, check_epochs, check_lr, check_policies, n_batches, pretrained_layers, put_policy, throughout
+from .runs import (AnyPolicy, Policies, as_seeds, check_epochs, check_lr, check_policies, n_batches, pretrained_layers,
+                                  put_policy, throughout)
 from .trials import TrainBatches, compress_momentum, sample_losses, trial_copy
 
 # %% ../nbs/07b_find.ipynb #23ca940b
@@ -64,7 +65,7 @@ def default_candidates(
 class Found(NamedTuple):
     "What `bn_find` suggests, and why"
     suggestion:str # Name of the best candidate
-    policy:Policy|str|Callable # The best candidate
+    policy:AnyPolicy # The best candidate
     confident:bool # Whether it is better than every other by more than noise
     evidence:pd.DataFrame # One row per candidate; see `evidence_of`
     trials:pd.DataFrame # One row per trial: `candidate`, `seed`, `round`, `train_batches`, `valid_batches`, `lr`, `valid_loss`
@@ -77,8 +78,8 @@ class Found(NamedTuple):
         foreign = '' if self.shift.empty else f" Mean shift of the data: {self.shift['kl'].mean():.3g} nats."
         return f"Suggestion: {self.suggestion!r}, {sure}. Cost: {self.cost:.2f} of a full run of each.{foreign}"
 
-    def __repr__(self): return f'{self._words()}\n\n{table_text(self.evidence)}'
-    def _repr_html_(self): return table_html(self._words(), self.evidence)
+    def __repr__(self) -> str: return f'{self._words()}\n\n{table_text(self.evidence)}'
+    def _repr_html_(self) -> str: return table_html(self._words(), self.evidence)
 
     def tables(self) -> Iterator[tuple[str, str|pd.DataFrame]]:
         "Headings, and what stands below them"
@@ -195,8 +196,8 @@ def bn_find(self:Learner,
     epochs:int=5, # How many a full run would have
     cost:float=0.5, # Batches of all trials together, as a part of those of one full run of each candidate
     seeds:int|Iterable[int]=3, # How many trials of each candidate in a round, or which; with two, next to nothing is told apart
-    lr:float|slice|str=None, # Learning rate of all candidates, that of the Learner if not given; `'find'` for one each
-    policies:Iterable[str]|Mapping=None, # Candidates, as for `bn_compare`; by default what the freeze point leaves to choose
+    lr:float|slice|str|None=None, # Learning rate of all candidates, that of the Learner if not given; `'find'` for one each
+    policies:Policies|None=None, # Candidates, as for `bn_compare`; by default what the freeze point leaves to choose
     plot:bool=True, # Show the plot?
 ) -> Found: # `suggestion`, `policy`, `confident`, `evidence`, `trials`, `shift`, `cost`
     "Try batch norm modes in short runs on copies of the Learner, which stays as it is; `ValueError` if there is too little to divide"

@@ -10,6 +10,7 @@ __all__ = ['drop_grads', 'level_slow_weights', 'fingerprint', 'named_tensors', '
 
 # %% ../nbs/02a_fixed.ipynb #dda02e06
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +23,15 @@ from .ranks import gathered
 # %% ../nbs/02a_fixed.ipynb #c91ad930
 def drop_grads(
     params:Iterable[nn.Parameter], # Parameters that must not be stepped
-):
+) -> None:
     "Give `params` no gradient at all, so that optimizers skip them"
     for p in params: p.grad = None
 
 # %% ../nbs/02a_fixed.ipynb #8d207391
 def level_slow_weights(
-    opt, # A fastai optimizer; nothing is done unless it is a `Lookahead`
+    opt:Any, # A fastai optimizer; nothing is done unless it is a `Lookahead`
     params:Iterable[nn.Parameter], # Parameters that must not be stepped
-):
+) -> None:
     "Set the slow weights that `Lookahead` keeps of `params` to the parameters themselves"
     fixed = set(params)
     for slow_group,group in zip(getattr(opt, 'slow_weights', None) or [], opt.param_lists):

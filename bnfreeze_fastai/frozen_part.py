@@ -57,7 +57,7 @@ def frozen_and_trained(
     return {*model.parameters(), *layers.values()} - trained, trained
 
 # %% ../nbs/03b_frozen_part.ipynb #658ef49f
-def refuse_setting(learn:Learner):
+def refuse_setting(learn:Learner) -> None:
     "Raise `ValueError` where the model does not run as one module in this process"
     names = ('DistributedTrainer', 'ParallelTrainer') # to import these classes takes accelerate
     spread = [cb.name for cb in learn.cbs if type(cb).__name__ in names]
@@ -103,7 +103,7 @@ def check_features(
     learn:Learner,
     cut:Cut,
     x:Tensor, # Samples; the first of them are tried
-):
+) -> None:
     "Raise `ValueError` if what comes before `cut` does not give the same for the same sample"
     norms = [l for m in cut.before for l in bn_layers(m)]
     with evaluating(learn.model), kept_rng(), autocast(learn):
@@ -159,16 +159,16 @@ class WatchFrozen(Callback):
         inside:str, # The method in whose block this is
     ): self.cut,self.inside,self.prints,self.checked = cut,inside,fingerprints(cut),False
 
-    def before_fit(self): self.checked = False
+    def before_fit(self) -> None: self.checked = False
 
-    def before_train(self):
+    def before_train(self) -> None:
         trains = any(p.requires_grad for m in self.cut.before for p in m.parameters())
         if trains or not is_resumable(self.learn.model) or not self.checked and self._differs():
             raise RuntimeError("The frozen part is no longer what it was on entering: it was thawed, or other weights were loaded. "
                                f"Leave the `with learn.{self.inside}()` block and enter it again.")
         self.checked = True
 
-    def before_validate(self): self.before_train()
+    def before_validate(self) -> None: self.before_train()
 
     def _differs(self) -> bool:
         _,trained = frozen_and_trained(self.learn)

@@ -11,6 +11,7 @@ __all__ = ['Fusion', 'refuse_fusion', 'fused_bn', 'kept_bytes']
 # %% ../nbs/02f_fuse.ipynb #9b30cd54
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import pandas as pd, torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class Fusion:
         for m in convs.values(): _forget_copied(m)
         self.sites = {n: _Site(m, names) for n,m in convs.items() if 'forward' not in vars(m)}
 
-    def finish(self, model, args, output): # after a forward pass
+    def finish(self, model:nn.Module, args:tuple[Any, ...], output:Any) -> Any: # after a forward pass
         for site in self.sites.values():
             for out in list(site.uses.outputs.values()): out.value()
         if any(isinstance(t, Deferred) for t in tree_iter(output)):
@@ -78,11 +79,11 @@ class Fusion:
         found = [(n, norm) for n,site in self.sites.items() if not site.uses.looked_at for norm in sorted(site.uses.norms, key=str)]
         return pd.DataFrame(found, columns=['convolution', 'batch_norm'])
 
-    def __getstate__(self): return dict(sites={}) # of a copy of the model, which fuses nothing
+    def __getstate__(self) -> dict[str, Any]: return dict(sites={}) # of a copy of the model, which fuses nothing
 
 def refuse_fusion(
     model:nn.Module,
-):
+) -> None:
     "Raise `ValueError` if `model` was compiled or is spread over devices by `DataParallel`"
     refuse_compiled(model, "so what it runs cannot be changed from outside: train it uncompiled, or without fusion.")
     if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in model.modules()):
@@ -103,7 +104,7 @@ def fused_bn(
 # %% ../nbs/02f_fuse.ipynb #22c57df5
 def kept_bytes(
     model:nn.Module,
-    *inputs, # As the model takes them
+    *inputs:Any, # As the model takes them
 ) -> int: # Of storage, parameters aside
     "How much autograd keeps for the backward pass of `model(*inputs)`"
     sizes,own = {},{p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -13,7 +13,7 @@ import warnings
 from contextlib import ExitStack
 
 import pandas as pd
-from fastai.learner import Callback
+from fastai.learner import Callback, Learner
 
 from .callback import active_callback, planned_modes
 from .core import MODES, bn_layers
@@ -31,15 +31,15 @@ class BatchNormFuse(Callback):
     def _init_state(self): self._block,self._fusion = ExitStack(),None
 
     @property
-    def learn(self): return self._learn
+    def learn(self) -> Learner|None: return self._learn
     @learn.setter
-    def learn(self, learn):
+    def learn(self, learn:Learner|None) -> None:
         self._block.close()
         self._learn = learn
 
-    def before_train(self): self._start()
+    def before_train(self) -> None: self._start()
 
-    def before_batch(self):
+    def before_batch(self) -> None:
         "Look anew where a schedule fixes statistics in the midst of an epoch"
         if self._fusion is not None and self.training and self._changes() != self._seen: self._start()
 
@@ -51,7 +51,7 @@ class BatchNormFuse(Callback):
         last = [cb for cb in self.learn.cbs if isinstance(cb, BatchNormFuse)][-1]
         if last is self: self._fusion = self._block.enter_context(fused_bn(self.learn.model))
 
-    def after_train(self):
+    def after_train(self) -> None:
         "Leave the model as it was, and note what was fused"
         self._block.close()
         if self._fusion is None: return

@@ -70,7 +70,7 @@ def _check_classes(train:list[Path], valid:list[Path], data:Path) -> list[str]:
 # %% ../nbs/07c_images.ipynb #cd21af8c
 def find_images(
     data:str|Path, # Folder with `train` and `valid`, or with classes
-    valid_pct:float=None, # Part for validation, if there is no folder for it
+    valid_pct:float|None=None, # Part for validation, if there is no folder for it
     skip_unreadable:bool=False, # Leave out what cannot be read, with a message? Else `ValueError` that lists it
 ) -> ImageFolder:
     "The images of a folder; `ValueError` if it is missing, has no images, one class, or files that cannot be read"
@@ -90,7 +90,7 @@ def image_loaders(
     images:ImageFolder, # From `find_images`
     size:int, # Pixels; images are squeezed to squares, which is the same each time
     bs:int, # Batch size
-    num_workers:int=None, # Processes that load; fastai's default if not given
+    num_workers:int|None=None, # Processes that load; fastai's default if not given
     stats:tuple=imagenet_stats, # Mean and standard deviation of each channel, to be taken off
 ) -> DataLoaders:
     "Loaders of images in their classes"

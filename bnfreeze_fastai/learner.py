@@ -9,12 +9,13 @@ from __future__ import annotations
 __all__ = ['BatchNormSummary']
 
 # %% ../nbs/06_learner.ipynb #663b7600
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from html import escape
 from numbers import Integral
 from operator import index
+from typing import Any
 
 import pandas as pd, torch
 from fastai.learner import Learner
@@ -31,8 +32,9 @@ from .fixed import level_slow_weights
 from .fuse import refuse_fusion
 from .fuse_callback import BatchNormFuse
 from .loaders import as_in_fit
-from .policy import Policy, check_policy, layer_groups
+from .policy import ModeSpec, Policy, check_policy, layer_groups
 from .precompute import precomputed
+from .stats import Snapshot
 
 # %% ../nbs/06_learner.ipynb #7800e28c
 def _check_freeze_point(learn:Learner, n:int) -> int:
@@ -54,8 +56,8 @@ def _check_freeze_point(learn:Learner, n:int) -> int:
 @patch
 def freeze_to_bn(self:Learner,
     n:int, # Freeze point: parameter groups before `n` are frozen; negative counts from the end; out of range raises `ValueError`
-    bn:str|dict=None, # Mode in frozen groups, or a dict of globs to modes; `None` keeps what is set, at first `'frozen'`
-    bn_above:str|dict=None, # Mode in trained groups, likewise; at first `'train'`
+    bn:ModeSpec|None=None, # Mode in frozen groups, or a dict of globs to modes; `None` keeps what is set, at first `'frozen'`
+    bn_above:ModeSpec|None=None, # Mode in trained groups, likewise; at first `'train'`
 ) -> Learner: # `self`
     "Freeze parameter groups up to `n`, and hold batch norm below and above in the modes given, in every fit from now on"
     cb = active_callback(self)
@@ -74,6 +76,7 @@ def freeze_to_bn(self:Learner,
 # %% ../nbs/06_learner.ipynb #49303498
 class BatchNormSummary:
     "One row per norm layer; a table in a notebook, text elsewhere, a DataFrame as `.df`"
+    df:pd.DataFrame
     def __init__(self,
         df:pd.DataFrame, # One row per norm layer
         title:str, # The policy and the freeze point in words
@@ -88,8 +91,9 @@ class BatchNormSummary:
         as_text = {c: self.df[c].map(lambda v: '' if pd.isna(v) else f'{v:.3g}') for c in ('momentum', 'stats_moved', 'affine_moved')}
         return self.df.assign(**as_text).astype({'batches_tracked': 'string'}).fillna({'batches_tracked': ''})
 
-    def __repr__(self): return '\n'.join([self.title, *([] if self.df.empty else [self._table().to_string(index=False)]), self._counts()])
-    def _repr_html_(self):
+    def __repr__(self) -> str:
+        return '\n'.join([self.title, *([] if self.df.empty else [self._table().to_string(index=False)]), self._counts()])
+    def _repr_html_(self) -> str:
         table = '' if self.df.empty else self._table().to_html(index=False, notebook=False, border=0)
         return f'<p>{escape(self.title, quote=False)}</p>{table}<p>{self._counts()}</p>'
 
@@ -151,8 +155,8 @@ def _batches(learn:Learner, ds_idx:int, dl:Iterable|None) -> dict:
 @patch
 def recalibrate_bn(self:Learner,
     ds_idx:int=0, # Dataset of the Learner to take batches from
-    dl:Iterable=None, # Loader to take them from instead
-    n_batches:int=None, # Use so many; all if not given
+    dl:Iterable[Any]|None=None, # Loader to take them from instead
+    n_batches:int|None=None, # Use so many; all if not given
     layers:str='*', # Glob over the dotted names of norm layers; the others stay as they are
     method:str='batch', # `'batch'`, or `'sequential'`: exact for the network in evaluation, one pass per layer
     preserve:bool=False, # Rescale weight and bias too, so that the network computes what it computed before?
@@ -168,8 +172,8 @@ def recalibrate_bn(self:Learner,
 @patch
 def bn_shift(self:Learner,
     ds_idx:int=0, # Dataset of the Learner to take batches from
-    dl:Iterable=None, # Loader to take them from instead
-    n_batches:int=None, # Use so many; all if not given
+    dl:Iterable[Any]|None=None, # Loader to take them from instead
+    n_batches:int|None=None, # Use so many; all if not given
 ) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats); NaN for layers that no batch reaches
     "How foreign data is to the network, layer by layer: how far its statistics are from those stored; changes nothing"
     return stats.bn_shift(self.model, n_batches=n_batches, **_batches(self, ds_idx, dl))
@@ -183,7 +187,7 @@ def bn_snapshot(self:Learner) -> dict[str, dict[str, Tensor]]: # Name of each no
 # %% ../nbs/06_learner.ipynb #7d49a1f8
 @patch
 def bn_drift(self:Learner,
-    since:Mapping=None, # Snapshot to measure from; from when the policy was set if not given, and `ValueError` if none was
+    since:Snapshot|None=None, # Snapshot to measure from; from when the policy was set if not given, and `ValueError` if none was
 ) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats)
     "How far each layer's running statistics are from where they were"
     cb = active_callback(self)
@@ -195,9 +199,9 @@ def bn_drift(self:Learner,
 # %% ../nbs/06_learner.ipynb #d5db49c7
 @patch
 def plot_bn_drift(self:Learner,
-    since:Mapping=None, # Snapshot to measure from; else every epoch that a `BatchNormDrift` has recorded, or since the policy was set
+    since:Snapshot|None=None, # Snapshot to measure from; else every epoch that a `BatchNormDrift` has recorded, or since the policy was set
     value:str='kl', # `'mean_shift'`, `'log_var_ratio'` or `'kl'`
-    ax:Axes=None, # Axes to draw into; made if not given
+    ax:Axes|None=None, # Axes to draw into; made if not given
 ) -> Axes: # The axes drawn into
     "Layers by depth, epochs as colour: where the statistics moved"
     recorded = [cb for cb in self.cbs if isinstance(cb, BatchNormDrift) and cb.epochs]
@@ -206,9 +210,9 @@ def plot_bn_drift(self:Learner,
 # %% ../nbs/06_learner.ipynb #894defbf
 @patch
 def precompute(self:Learner,
-    n_aug:int=None, # Keep so many randomly augmented versions of each training sample: epoch `e` uses version `e % n_aug`
-    max_mem:int=None, # Bytes of memory for features, half of what is free if not given; what needs more goes into a temporary file
-    dtype:torch.dtype=None, # Keep features in this type, such as `torch.float16`; as they come if not given
+    n_aug:int|None=None, # Keep so many randomly augmented versions of each training sample: epoch `e` uses version `e % n_aug`
+    max_mem:float|None=None, # Bytes of memory for features, half of what is free if not given; what needs more goes into a temporary file
+    dtype:torch.dtype|None=None, # Keep features in this type, such as `torch.float16`; as they come if not given
 ) -> AbstractContextManager[Learner]: # `self`; entering raises `ValueError`, and changes nothing, where it would not be exact
     "Run the frozen part once, and train on what it gave: `with learn.precompute(): learn.fit_one_cycle(5)`"
     return precomputed(self, n_aug, max_mem, dtype)

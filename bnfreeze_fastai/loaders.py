@@ -43,7 +43,7 @@ def as_in_fit(
 def check_loader(
     dl, # Any loader
     name:str, # What to call it
-):
+) -> None:
     "Raise `ValueError` unless batches of `dl` are made of samples with an index"
     fix = "Give a dataset with `__getitem__` and `__len__` and a batch size, in a fastai or PyTorch `DataLoader`."
     own_way = f"{type(dl).__name__}, the {name} loader, makes its batches in a way of its own. {fix}"
@@ -73,7 +73,7 @@ def batch_size(
 
 def in_order(
     dl:DataLoader|TorchDataLoader, # One that `check_loader` accepts
-    idxs:Sequence[int]=None, # The samples to give, in this order; all of them if not given
+    idxs:Sequence[int]|None=None, # The samples to give, in this order; all of them if not given
     **kwargs, # Instead of what `dl` has: `bs`, `num_workers`
 ) -> DataLoader|TorchDataLoader:
     "A loader of the same samples and transforms as `dl` that gives each once, in order"
@@ -168,7 +168,7 @@ _REMEDY = ("Leave them out, or keep several versions of each training sample by 
 def refuse_random(
     names:list[str], # Of transforms
     loader:str, # What to call the loader
-):
+) -> None:
     "Raise `ValueError` if there are any"
     if names: raise ValueError(f"The {loader} samples differ from epoch to epoch, by {', '.join(names)}. {_REMEDY}")
 

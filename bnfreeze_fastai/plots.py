@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 def plot_scores(
     runs:pd.DataFrame, # One row per run: `policy`, `seed` and the column `score`
     score:str='accuracy', # Column to show
-    ax:Axes=None, # Axes to draw into; made if not given
+    ax:Axes|None=None, # Axes to draw into; made if not given
 ) -> Axes: # The axes drawn into
     "Each run as a dot, policies side by side in the order of `runs`, with mean and standard deviation over seeds"
     if ax is None: _,ax = plt.subplots(figsize=(6, 3.5), layout='constrained')
@@ -37,7 +37,7 @@ def plot_scores(
 def plot_differences(
     table:pd.DataFrame, # From `paired_differences`: `a`, `b`, `difference`, `low`, `high`, `verdict`
     score:str='accuracy', # What the differences are of
-    ax:Axes=None, # Axes to draw into; made if not given
+    ax:Axes|None=None, # Axes to draw into; made if not given
 ) -> Axes: # The axes drawn into
     "Each pair's difference with its interval, in the order of `table` from the top"
     if ax is None: _,ax = plt.subplots(figsize=(6, 0.8+0.3*len(table)), layout='constrained')
@@ -56,7 +56,7 @@ def plot_score_curves(
     runs:pd.DataFrame, # One row per run: `policy`, `seed` and the columns `x` and `score`
     x:str='n_images', # Column along the axis, which is logarithmic
     score:str='accuracy', # Column to show
-    ax:Axes=None, # Axes to draw into; made if not given
+    ax:Axes|None=None, # Axes to draw into; made if not given
 ) -> Axes: # The axes drawn into
     "Mean and standard deviation over seeds along `x`, a line for each policy"
     if ax is None: _,ax = plt.subplots(figsize=(6, 3.5), layout='constrained')
@@ -73,8 +73,8 @@ def plot_score_curves(
 # %% ../nbs/05_plots.ipynb #ae7b1e26
 def plot_trials(
     trials:pd.DataFrame, # One row per trial: `candidate`, `train_batches`, `valid_loss`
-    best:str=None, # Candidate to draw in bold
-    ax:Axes=None, # Axes to draw into; made if not given
+    best:str|None=None, # Candidate to draw in bold
+    ax:Axes|None=None, # Axes to draw into; made if not given
 ) -> Axes: # The axes drawn into
     "Validation loss against the length of the trial, by candidate"
     if ax is None: _,ax = plt.subplots(figsize=(6, 3.5), layout='constrained')
@@ -99,7 +99,7 @@ def _label_layers(ax:Axes, names:list[str], most:int=24):
 def plot_bn_drift(
     drift:pd.DataFrame, # From `bn_drift`, `bn_shift` or `recalibrate_bn`; several below one another have a column `epoch`
     value:str='kl', # Column to show: `'mean_shift'`, `'log_var_ratio'` or `'kl'`; any other raises `ValueError`
-    ax:Axes=None, # Axes to draw into; made if not given
+    ax:Axes|None=None, # Axes to draw into; made if not given
 ) -> Axes: # The axes drawn into
     "Layers by depth, epochs as colour: where the statistics moved"
     known = [c for c in drift.columns if c not in ('layer', 'epoch')]

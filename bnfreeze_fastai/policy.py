@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Policy', 'check_policy', 'check_schedule', 'stages', 'layer_groups', 'frozen_groups', 'layer_modes']
+__all__ = ['ModeSpec', 'Schedule', 'Policy', 'check_policy', 'check_schedule', 'stages', 'layer_groups', 'frozen_groups',
+           'layer_modes']
 
 # %% ../nbs/01_policy.ipynb #428dc1e3
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,12 @@ from torch import nn
 from .core import check_glob, check_mode, is_frozen_norm, named_modules, norm_layers, norm_params
 
 # %% ../nbs/01_policy.ipynb #3e37003a
+ModeSpec = str|Mapping[str, str] # a mode, or globs over layer names to modes
+
 class Policy(NamedTuple):
     "The mode of norm layers in frozen groups (`bn`) and in trained ones (`bn_above`): a mode, or a dict of globs to modes"
-    bn:str|dict = 'frozen'
-    bn_above:str|dict = 'train'
+    bn:ModeSpec = 'frozen'
+    bn_above:ModeSpec = 'train'
 
     def mode(self,
         name:str, # Dotted name of a norm layer
@@ -37,7 +40,7 @@ class Policy(NamedTuple):
 # %% ../nbs/01_policy.ipynb #f207f10f
 def check_policy(
     policy:Policy,
-    model:nn.Module=None, # If given, each glob has to match at least one of its norm layers
+    model:nn.Module|None=None, # If given, each glob has to match at least one of its norm layers
 ) -> Policy: # A copy of `policy`
     "Raise `ValueError` for an unknown mode, or a glob that matches no norm layer of `model`"
     names = None if model is None else list(norm_layers(model))
@@ -50,10 +53,12 @@ def check_policy(
     return Policy(*(rule if isinstance(rule, str) else dict(rule) for rule in policy))
 
 # %% ../nbs/01_policy.ipynb #42154efb
+Schedule = Mapping[float, Mapping[str, ModeSpec]] # fraction of a fit to what changes there
+
 def check_schedule(
-    schedule:Mapping|None, # Fraction of a fit, between 0 and 1, to what changes there: a dict with `bn`, `bn_above` or both
-    model:nn.Module=None, # If given, each glob has to match at least one of its norm layers
-) -> dict: # A copy, in order of time; empty for `None`
+    schedule:Schedule|None, # Fraction of a fit, between 0 and 1, to what changes there: a dict with `bn`, `bn_above` or both
+    model:nn.Module|None=None, # If given, each glob has to match at least one of its norm layers
+) -> dict[float, dict[str, ModeSpec]]: # A copy, in order of time; empty for `None`
     "Raise `ValueError` for a fraction that is none, a change of something else, an unknown mode or glob"
     if schedule is None: return {}
     if not isinstance(schedule, Mapping): raise ValueError(f"`schedule` takes a dict such as {_EXAMPLE}, not {schedule!r}.")
@@ -70,7 +75,7 @@ _EXAMPLE = "{0.7: dict(bn_above='affine-only')}"
 
 def stages(
     policy:Policy, # At the start of a fit
-    schedule:Mapping, # From `check_schedule`
+    schedule:Schedule, # From `check_schedule`
 ) -> list[tuple[float, Policy]]: # From which fraction of the fit on, which policy
     "The policies that `schedule` makes of `policy`, one after the other"
     res = [(0., policy)]

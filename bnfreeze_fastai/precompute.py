@@ -120,13 +120,13 @@ class ServeFeatures(WatchFrozen):
         super().__init__(cut, 'precompute')
         self.stores,self.served,self.marked = stores,None,None
 
-    def before_fit(self):
+    def before_fit(self) -> None:
         super().before_fit()
         if self.learn.lock.locked(): return # a validation, which announces itself as a fit
         refuse_setting(self.learn)
         _refuse_mixing(self.learn)
 
-    def before_train(self):
+    def before_train(self) -> None:
         "Take the features for the samples, if they are stored"
         self.served = self.marked = None
         mine = source(self.learn.dl)
@@ -141,7 +141,7 @@ class ServeFeatures(WatchFrozen):
         self.served = batch[0],batch[0]._version
         return batch
 
-    def before_batch(self):
+    def before_batch(self) -> None:
         "Mark features as such, unless this is a batch of samples"
         (features,version),self.served,self.marked = self.served or (None, None),None,None
         if features is None: return
@@ -151,7 +151,7 @@ class ServeFeatures(WatchFrozen):
         self.marked = x.as_subclass(Features)
         self.learn.xb = (self.marked,)
 
-    def after_pred(self):
+    def after_pred(self) -> None:
         if self.marked is not None and self.learn.xb[0] is not self.marked: self._refuse_change()
 
     def _refuse_change(self):
@@ -169,9 +169,9 @@ def _forget(learn:Learner, cb:ServeFeatures):
 @contextmanager
 def precomputed(
     learn:Learner, # With something frozen, and batch norm with it
-    n_aug:int=None, # Versions of each training sample to keep, made with the random transforms: epoch `e` uses version `e % n_aug`
-    max_mem:int=None, # Bytes of memory for features, half of what is free if not given; what needs more goes into a temporary file
-    dtype:torch.dtype=None, # Keep features in this type, such as `torch.float16`; as they come if not given
+    n_aug:int|None=None, # Versions of each training sample to keep, made with the random transforms: epoch `e` uses version `e % n_aug`
+    max_mem:float|None=None, # Bytes of memory for features, half of what is free if not given; what needs more goes into a temporary file
+    dtype:torch.dtype|None=None, # Keep features in this type, such as `torch.float16`; as they come if not given
 ) -> Iterator[Learner]: # `learn`
     "Run the frozen part once, and train on what it gave; `ValueError` where that would not be exact, `OSError` if the disk is full"
     _check_arguments(n_aug, max_mem, dtype)

@@ -54,7 +54,7 @@ def kept_rng(
 def reseed(
     seed:int, # 0 or more
     *loaders, # Data loaders whose own generators are seeded as well
-):
+) -> None:
     "Seed the generators of Python, numpy, PyTorch and `loaders`"
     random.seed(seed)
     np.random.seed(seed % 2**32)

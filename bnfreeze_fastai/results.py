@@ -20,7 +20,7 @@ import pandas as pd
 def write_whole(
     path:Path, # Of the file
     text:str, # All that it is to hold
-):
+) -> None:
     "Write `text` to `path` in one step; an `OSError` names it and leaves what was there"
     part = path.with_name(path.name + '.part')
     part.unlink(missing_ok=True) # of a process that was killed, or a link that somebody laid there
@@ -39,7 +39,7 @@ def write_whole(
 def write_json(
     path:Path, # Of the file
     settings:Mapping, # What JSON knows
-):
+) -> None:
     "Write `settings` to `path` in one step, for people to read"
     write_whole(path, json.dumps(settings, indent=2, ensure_ascii=False) + '\n')
 
@@ -100,7 +100,7 @@ class Results:
         self.settings[GROWING] = {**old[GROWING], **self.settings.get(GROWING, {})}
         return df
 
-    def check_writable(self):
+    def check_writable(self) -> None:
         "Raise `ValueError` if runs could not be added"
         if self.path is None: return
         if self.path.is_dir(): raise ValueError(f"Results cannot be written to {self.path}, which is a folder. Give a file in it.")
@@ -118,7 +118,7 @@ class Results:
 
     def add(self,
         rows:list[dict], # All rows of one run: `COLUMNS` and metrics
-    ):
+    ) -> None:
         "Add a finished run to the file"
         if self.df.empty and self.path is not None: self.path.unlink(missing_ok=True) # first, as its runs are not of these settings
         self.df = pd.concat([self.df, pd.DataFrame(rows)], ignore_index=True)

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['FASTAI', 'FITS', 'check_policies', 'pretrained_layers', 'throughout', 'put_policy', 'check_epochs', 'check_lr',
-           'as_seeds', 'weights_hash', 'new_learner', 'n_batches', 'EpochRows', 'run_policy']
+__all__ = ['FASTAI', 'AnyPolicy', 'Policies', 'Fit', 'FITS', 'check_policies', 'pretrained_layers', 'throughout', 'put_policy',
+           'check_epochs', 'check_lr', 'as_seeds', 'weights_hash', 'new_learner', 'n_batches', 'EpochRows',
+           'run_policy']
 
 # %% ../nbs/06a_runs.ipynb #c16d4300
 import time
@@ -18,6 +19,7 @@ from inspect import signature
 from math import inf
 from numbers import Integral, Real
 from operator import index
+from typing import Any
 
 from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner # with the methods that fit
@@ -30,14 +32,16 @@ import bnfreeze_fastai.learner # patches `freeze_to_bn` and `precompute` in
 from .callback import BatchNormFreeze, active_callback
 from .core import MODES, never_trained, norm_layers
 from .fixed import fingerprint, named_tensors
-from .policy import Policy, check_policy, layer_groups
+from .policy import ModeSpec, Policy, check_policy, layer_groups
 from .restore import reseed
-from .stats import moved, snapshot
+from .stats import Snapshot, moved, snapshot
 
 # %% ../nbs/06a_runs.ipynb #029d80b3
 FASTAI = 'fastai'
+AnyPolicy = str|Policy|Callable[[Learner], Any] # a mode or `FASTAI`, a policy, or a function that does what it likes
+Policies = Iterable[str]|Mapping[str, AnyPolicy|Mapping[str, ModeSpec]] # modes and `FASTAI`, or names to policies, which may be dicts
 
-def _check_one(name:str, policy) -> str|Policy|Callable:
+def _check_one(name:str, policy) -> AnyPolicy:
     if callable(policy): return policy
     if isinstance(policy, Policy): return check_policy(policy)
     if isinstance(policy, Mapping):
@@ -49,8 +53,8 @@ def _check_one(name:str, policy) -> str|Policy|Callable:
                      f"{list(Policy._fields)}, or a function of the Learner.")
 
 def check_policies(
-    policies:Iterable[str]|Mapping|None, # Modes and `'fastai'`, or a dict of names to policies; these five if not given
-) -> dict[str, str|Policy|Callable]: # Name to policy
+    policies:Policies|None, # Modes and `'fastai'`, or a dict of names to policies; these five if not given
+) -> dict[str, AnyPolicy]: # Name to policy
     "Policies by name; `ValueError` for one that is not known, or if there are none"
     if policies is None: policies = (FASTAI, *MODES)
     if isinstance(policies, str): policies = [policies]
@@ -72,7 +76,7 @@ def pretrained_layers(
 def throughout(
     mode:str, # One of the four
     names:Iterable[str], # Of norm layers
-    others:str|Mapping='train', # For all others once they train: a mode, or a dict of globs to modes
+    others:ModeSpec='train', # For all others once they train: a mode, or a dict of globs to modes
 ) -> Policy:
     "The policy that keeps the layers `names` in `mode`, frozen or not"
     rules = {escape(n): mode for n in names}
@@ -81,9 +85,9 @@ def throughout(
 
 def put_policy(
     learn:Learner, # A `BatchNormFreeze` that it has loses its schedule, or is taken off
-    policy:str|Policy|Callable, # From `check_policies`
+    policy:AnyPolicy, # From `check_policies`
     n:int, # Freeze point
-):
+) -> None:
     "Freeze `learn` to `n` under `policy`; a function finds it frozen"
     if callable(policy) or policy == FASTAI:
         learn.remove_cb(BatchNormFreeze)
@@ -97,7 +101,7 @@ def put_policy(
 # %% ../nbs/06a_runs.ipynb #b7e2ecc1
 def check_epochs(
     epochs:int, # Anything
-):
+) -> None:
     "Raise `ValueError` unless `epochs` is an integer from 1 up"
     if isinstance(epochs, Integral) and not isinstance(epochs, bool) and epochs >= 1: return
     raise ValueError(f"`epochs` has to be an integer from 1 up, not {epochs!r}.")
@@ -105,7 +109,7 @@ def check_epochs(
 def check_lr(
     lr:float|slice|None, # Anything
     also:str='', # What else is allowed, in words
-):
+) -> None:
     "Raise `ValueError` unless `lr` is a learning rate, a slice of one or two, or `None`"
     rates = [r for r in (lr.start, lr.stop) if r is not None] if isinstance(lr, slice) else [lr]
     if lr is None or rates and all(isinstance(r, Real) and not isinstance(r, bool) and 0 < r < inf for r in rates): return
@@ -132,7 +136,7 @@ def weights_hash(
     return xxh3_128_hexdigest(b''.join(b for part in parts for b in part))
 
 def new_learner(
-    get_learner:Callable, # Makes a Learner; it is given `seed` if it has a parameter of that name
+    get_learner:Callable[..., Learner], # Makes a Learner; it is given `seed` if it has a parameter of that name
     seed:int, # Of all random numbers
 ) -> Learner:
     "A Learner from `get_learner`, made with random numbers that `seed` decides; `ValueError` if it is none"
@@ -159,13 +163,13 @@ class EpochRows(Callback):
     order = Recorder.order+1 # after the row is complete
     def __init__(self,
         since:float, # A `time.perf_counter()`
-        start:Mapping, # A `snapshot` of the model
+        start:Snapshot, # A `snapshot` of the model
         layers:Iterable[str], # Names of the norm layers to watch
     ): self.rows,self.since,self.start,self.layers = [],since,start,list(layers)
 
-    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
+    def before_fit(self) -> None: self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         now = time.perf_counter()
         values = dict(zip(self.recorder.metric_names[1:], map(_number, self.learn.final_record)))
         distance = moved(self.model, self.start).set_index('layer').reindex(self.layers).mean()
@@ -177,6 +181,7 @@ def _number(value) -> float:
     except (TypeError, ValueError): return float('nan') # a metric that is no number has no mean over seeds
 
 # %% ../nbs/06a_runs.ipynb #f6ab47ba
+Fit = str|Callable[[Learner, int], Any] # one of `FITS`, or a function of Learner and epochs
 FITS = ('fine_tune', 'fit_one_cycle', 'fit_flat_cos', 'fit')
 
 @contextmanager
@@ -191,15 +196,15 @@ def _stored_features(learn:Learner, allowed:bool) -> Iterator[bool]: # Whether t
 
 # %% ../nbs/06a_runs.ipynb #2fcd015f
 def run_policy(
-    get_learner:Callable, # Makes a Learner; it is given `seed` if it has a parameter of that name
-    policy:str|Policy|Callable, # From `check_policies`
+    get_learner:Callable[..., Learner], # Makes a Learner; it is given `seed` if it has a parameter of that name
+    policy:AnyPolicy, # From `check_policies`
     seed:int, # Of weights and batches
     epochs:int, # As `fit` takes them
-    fit:str|Callable='fine_tune', # One of `FITS`, or a function of Learner and `epochs`
+    fit:Fit='fine_tune', # One of `FITS`, or a function of Learner and `epochs`
     freeze_to:int=-1, # Freeze point
-    lr:float|slice=None, # Learning rate; the default of `fit` if not given
+    lr:float|slice|None=None, # Learning rate; the default of `fit` if not given
     precompute:bool=True, # Train on stored features where that is exact?
-) -> list[dict]: # One row per epoch: see the table below
+) -> list[dict[str, Any]]: # One row per epoch: see the table below
     "One full run"
     since = time.perf_counter()
     learn = new_learner(get_learner, seed)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['snapshot', 'symmetric_kl', 'bn_drift', 'moved', 'layers_with_stats', 'bn_shift', 'recalibrate_bn']
+__all__ = ['Snapshot', 'snapshot', 'symmetric_kl', 'bn_drift', 'moved', 'layers_with_stats', 'bn_shift', 'recalibrate_bn']
 
 # %% ../nbs/02_stats.ipynb #e58cf9c5
 import warnings
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import Any
 
 import pandas as pd, torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from .ranks import gathered
 _HALVES = {'stats': ('running_mean', 'running_var'), 'affine': ('weight', 'bias')}
 
 # %% ../nbs/02_stats.ipynb #d1b436e3
+Snapshot = Mapping[str, Mapping[str, Tensor]] # name of each norm layer to its tensors by name
+
 def snapshot(
     model:nn.Module, # Any model
 ) -> dict[str, dict[str, Tensor]]: # Name of each norm layer to its tensors by name, each of shape (channels,), on the CPU in float64
@@ -71,7 +74,7 @@ def _compare(layers:Mapping[str, nn.Module], new:Mapping, old:Mapping) -> pd.Dat
 # %% ../nbs/02_stats.ipynb #68c19ace
 def bn_drift(
     model:nn.Module, # The model as it is now
-    since:Mapping[str, Mapping[str, Tensor]], # An earlier `snapshot` of it; one that shares no layer with it raises `ValueError`
+    since:Snapshot, # An earlier `snapshot` of it; one that shares no layer with it raises `ValueError`
 ) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats); NaN where the snapshot has no such layer
     "How far the running statistics of each layer are from those in a snapshot; exactly 0 where nothing has moved"
     layers,now = norm_layers(model),snapshot(model)
@@ -83,7 +86,7 @@ def bn_drift(
 # %% ../nbs/02_stats.ipynb #edd36fff
 def moved(
     model:nn.Module, # The model as it is now
-    since:Mapping[str, Mapping[str, Tensor]], # An earlier `snapshot` of it
+    since:Snapshot, # An earlier `snapshot` of it
 ) -> pd.DataFrame: # `layer`, `stats_moved` (nats), `affine_moved` (units of weight and bias); NaN where the layer has no such half
     "How far the two halves of each norm layer have moved since a snapshot; exactly 0 where nothing has"
     layers,now = norm_layers(model),snapshot(model)
@@ -134,7 +137,7 @@ def _measure(model:nn.Module, batches:Iterable, chosen:Mapping[str, nn.Module], 
 # %% ../nbs/02_stats.ipynb #bc33e8db
 def bn_shift(
     model:nn.Module, # Any model
-    batches:Iterable, # Tensors, or tuples with the model's inputs first; of training size
+    batches:Iterable[Any], # Tensors, or tuples with the model's inputs first; of training size
     n_batches:int|None=None, # Look at so many; all if not given
     n_inp:int|None=None, # How many elements of a tuple the model takes; all but the last if not given
     progress:bool=True, # Show a progress bar?
@@ -194,7 +197,7 @@ def _written(values:Mapping[str, tuple[Tensor, Tensor]]):
 # %% ../nbs/02_stats.ipynb #e4328643
 def recalibrate_bn(
     model:nn.Module, # Any model
-    batches:Iterable, # Tensors, or tuples with the model's inputs first; of training size; for `'sequential'` to be gone through again
+    batches:Iterable[Any], # Tensors, or tuples with the model's inputs first; of training size; for `'sequential'` to be gone through again
     layers:str='*', # Glob over the dotted names of norm layers; the others stay as they are
     method:str='batch', # `'batch'` or `'sequential'`, see above
     preserve:bool=False, # Rescale weight and bias too, so that the network computes what it computed before?

@@ -45,8 +45,8 @@ class Store:
         n_passes:int, # Versions of each sample, as with augmentation
         n_rows:int, # Samples
         batch:tuple, # An example: tensors with samples along their first dimension, in tuples, lists or dicts
-        dtype:torch.dtype=None, # Keep features in this type; they are served in their own
-        max_mem:int=None, # Bytes; what needs more is kept in a file, and all in memory if not given
+        dtype:torch.dtype|None=None, # Keep features in this type; they are served in their own
+        max_mem:float|None=None, # Bytes; what needs more is kept in a file, and all in memory if not given
     ):
         wrong = [type(t).__name__ for t in _leaves(batch) if not isinstance(t, Tensor) or t.ndim == 0 or len(t) != len(batch[0])]
         if wrong: raise ValueError(f"Targets are kept by sample: they have to be tensors with one row for each, not {', '.join(wrong)}.")
@@ -62,7 +62,7 @@ class Store:
         k:int, # Pass
         start:int, # Row of the first sample
         batch:tuple,
-    ):
+    ) -> None:
         "Keep `batch` from row `start` on"
         new,kept = list(_leaves(batch)),list(_leaves(self.batches))
         for t,all_rows in zip(new, kept, strict=True):

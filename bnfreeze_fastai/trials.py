@@ -90,15 +90,15 @@ class _Batches(GetAttr):
 class TrainBatches(Callback):
     "Train on `n` batches in each epoch, whatever the loader has, and do not validate"
     def __init__(self, n:int): self.n = n
-    def before_train(self): self.learn.dl = _Batches(self.learn.dl, self.n)
-    def before_validate(self): raise CancelValidException()
+    def before_train(self) -> None: self.learn.dl = _Batches(self.learn.dl, self.n)
+    def before_validate(self) -> None: raise CancelValidException()
 
 # %% ../nbs/06d_trials.ipynb #a811f3c4
 def compress_momentum(
     model:nn.Module, # Its batch norm layers are changed
     trial:int, # Batches of the trial
     full:int, # Batches of a full run
-):
+) -> None:
     "Let running statistics forget as much in `trial` batches as in `full`, or all but one percent"
     for layer in bn_layers(model):
         if layer.momentum is None: continue # an average over all batches forgets the old at the first
