@@ -1,0 +1,92 @@
+"What a type checker makes of the package as it is installed: of a user's code, and of the public signatures themselves"
+
+import json, os, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+from fastai.learner import Learner
+
+import bnfreeze_fastai.all
+
+ROOT = Path(__file__).parent.parent
+USE = ROOT / 'tests' / 'typed_use.py'
+
+
+def ours(o):
+    return getattr(o, '__module__', '').startswith('bnfreeze_fastai')
+
+
+METHODS = {n for n, o in vars(Learner).items() if ours(o)}
+UNKNOWN_BASE = ['Type of metaclass unknown', 'Type of base class unknown']
+PARTLY = 'Return type is partially unknown'
+EXTERNAL = {  # what is left unknown by fastai and pandas, which have no `py.typed`
+    'BatchNormDrift': UNKNOWN_BASE,
+    'BatchNormFreeze': UNKNOWN_BASE,
+    'BatchNormFuse': UNKNOWN_BASE,
+    'ValidateLast': UNKNOWN_BASE,
+    'BatchNormFreeze.order': ['Type unknown for variable "bnfreeze_fastai.callback.BatchNormFreeze.order"'],  # one more than fastai's
+    'active_callback': [PARTLY],  # a fastai Callback
+    'bn_compare': ['Type of parameter "policies" is partially unknown', PARTLY],  # functions of a Learner; has a DataFrame
+    'bn_summary': [PARTLY],  # has a DataFrame
+    'bn_find': ['Type of parameter "policies" is partially unknown'],  # functions of a Learner
+}
+
+
+def pyright(folder, *args):
+    "What pyright says in JSON; run elsewhere, so that it finds the package where Python does and heeds its `py.typed`"
+    env = {k: v for k, v in os.environ.items() if not k.startswith('PYRIGHT_PYTHON_')}
+    env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), env.get('PYTHONPATH')]))
+    env['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), env['PATH']])  # it asks `python` for the search path
+    told = subprocess.run([sys.executable, '-m', 'pyright', '--outputjson', *args], cwd=folder, env=env, capture_output=True, text=True)
+    assert told.stdout.startswith('{'), told.stdout + told.stderr
+    return json.loads(told.stdout)
+
+
+def errors(folder, text):
+    "Line and rule of each error that pyright reports in `text`"
+    (folder / 'use.py').write_text(text, encoding='utf-8')
+    found = [d for d in pyright(folder, 'use.py')['generalDiagnostics'] if d['severity'] == 'error']
+    return {(d['range']['start']['line'] + 1, d.get('rule')): d['message'] for d in found}
+
+
+def test_use_is_accepted_but_where_it_says_otherwise(tmp_path):
+    text = USE.read_text(encoding='utf-8')
+    expected = {(i, m[1]) for i, line in enumerate(text.splitlines(), 1) if (m := re.search(r'# (report\w+)$', line))}
+    found = errors(tmp_path, text)
+    assert {k: found[k] for k in found.keys() - expected} == {}
+    assert expected - found.keys() == set() and len(expected) > 30
+
+
+def test_all_that_is_public_is_used():
+    public = {n for n, o in vars(bnfreeze_fastai.all).items() if ours(o)}
+    methods = {f'learn.{n}' for n in METHODS}
+    text = USE.read_text(encoding='utf-8')
+    assert {n for n in public | methods if not re.search(rf'\b{re.escape(n)}\b', text)} == set()
+    assert len(public) > 60 and len(methods) > 10
+
+
+@pytest.fixture(scope='module')
+def symbols(tmp_path_factory):
+    told = pyright(tmp_path_factory.mktemp('verify'), '--verifytypes', 'bnfreeze_fastai', '--ignoreexternal')['typeCompleteness']
+    assert Path(told['packageRootDirectory']) == ROOT / 'bnfreeze_fastai' and told['pyTypedPath']
+    return told['symbols']
+
+
+def public(name):
+    "A name as users know it, or None: from `all` and three modules, members of the classes among them, methods of Learners, the command"
+    module, _, inner = name.removeprefix('bnfreeze_fastai.').partition('.')
+    in_class = isinstance(getattr(bnfreeze_fastai.all, inner.partition('.')[0], None), type)
+    is_method = module in ('learner', 'find') and inner in METHODS
+    return inner if in_class or is_method or module in ('all', 'core', 'stats', 'digits') or f'{module}.{inner}' == 'cli.main' else None
+
+
+def test_nothing_public_is_unknown_but_what_others_leave_so(symbols):
+    passed_over = 'No docstring|Type is missing type annotation and could be inferred'  # attributes whose type is plain
+    found = {}
+    for symbol in symbols:
+        said = [d['message'] for d in symbol['diagnostics'] if not re.match(passed_over, d['message'])]
+        found.setdefault(public(symbol['name']), []).extend(said)
+    del found[None]
+    ours = {n: [m for m in said if m.split('\n')[0] not in EXTERNAL.get(n, []) or '[Unknown' in m] for n, said in found.items()}
+    assert {n: said for n, said in ours.items() if said} == {}
+    assert found.keys() >= {*EXTERNAL, *METHODS, 'main', 'set_bn_mode', 'recalibrate_bn', 'Policy.bn', 'pretrain'}
