@@ -12,7 +12,7 @@ lib = cfg['lib_path']
 
 setup(
     version=re.search(r'__version__ = "(.+?)"', (here/lib/'__init__.py').read_text(encoding='utf-8'))[1],
-    description=cfg['description'], keywords=cfg['keywords'].split(), author=cfg['author'], license=cfg['license'],
+    description=cfg['description'], keywords=cfg['keywords'].split(), author=cfg['author'], license_expression=cfg['license'],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     classifiers=cfg['classifiers'].strip().splitlines(),
     packages=[lib], package_data={lib: ['py.typed']}, python_requires=f">={cfg['min_python']}",

@@ -1,1 +1,16 @@
+"""A pretrained network carries batch norm layers with two halves: running statistics and affine parameters. This package lets you say, for the frozen part and for the trained part of a network, which half moves and which is held, and sees to it that this is so: through every `fit`, `fine_tune`, `lr_find`, whatever optimizer or callback, bit for bit.
+
+A callback re-applies the mode that you chose; `learn.freeze_to_bn` sets it; `learn.bn_summary` shows it. `learn.recalibrate_bn` sets running statistics to those of your own data, exactly; `learn.bn_shift` and `learn.bn_drift` tell how foreign that data is and where a network has moved. `learn.bn_find` and `bn_compare` find out which mode suits it. The same works in plain PyTorch without a Learner.
+
+Modules:
+
+- `bnfreeze_fastai.callback`: The callback that keeps the batch norm modes of a policy in every fit
+- `bnfreeze_fastai.compare`: Full runs of several batch norm policies, from the same weights and over the same batches
+- `bnfreeze_fastai.core`: What a norm layer is, its four modes, and how a mode is set and held in plain PyTorch
+- `bnfreeze_fastai.find`: Which batch norm mode suits this data? Short trials on the Learner's own data, and what they can and cannot tell
+- `bnfreeze_fastai.fuse`: Train through fixed statistics at the cost of a convolution
+- `bnfreeze_fastai.learner`: Freezing with a policy, and running statistics, as methods of every Learner
+- `bnfreeze_fastai.precompute`: Train the head at the speed of the head: run the frozen part once
+- `bnfreeze_fastai.stats`: Running statistics: how far they have moved, how foreign data is to them, and their exact re-estimation"""
+
 __version__ = "0.1.0"

@@ -403,6 +403,16 @@ def test_models_without_statistics():
     assert set(found.evidence['candidate']) == {'train', 'frozen'} and found.shift.empty and len(found.plot().axes) == 1
 
 
+def test_shift_is_that_of_pretrained_layers():
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    learn = make_learner(nn.Sequential(body, head), lr=0.01)
+    learn.dls = used_dls()
+    body.train()(learn.dls.one_batch()[0])  # stands in for pretraining
+    learn.freeze()
+    assert list(find(learn).shift['layer']) == ['0.1']
+
+
 def test_losses_of_many_values_per_sample():
     learn = make_learner(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)), nn.Conv2d(4, 2, 1)), lr=0.01)
     items = [(torch.randn(3, 8, 8), torch.randint(0, 2, (8, 8))) for _ in range(64)]

@@ -62,7 +62,10 @@ def copy(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize('command,folder,pattern', [('nbdev-export', 'bnfreeze_fastai', '*.py'), ('nbdev-clean', 'nbs', '*.ipynb')])
+@pytest.mark.parametrize(
+    'command,folder,pattern',
+    [('nbdev-export', 'bnfreeze_fastai', '*.py'), ('nbdev-export', 'nbs', 'llms.txt'), ('nbdev-clean', 'nbs', '*.ipynb')],
+)
 def test_exported_and_clean(copy, command, folder, pattern):
     before = text(copy / folder, pattern)
     subprocess.run([BIN / command], cwd=copy, check=True)

@@ -1,0 +1,89 @@
+"The package as others take it: wheel and sdist, in an environment of their own without the source tree"
+
+import os, re, subprocess, sys, sysconfig, tarfile, venv, zipfile
+from pathlib import Path
+
+import pytest, yaml
+
+ROOT = Path(__file__).parent.parent
+MODULES = {p.name for p in (ROOT / 'bnfreeze_fastai').iterdir() if p.suffix == '.py'} | {'py.typed'}
+
+
+@pytest.fixture(scope='module')
+def dist(tmp_path_factory):
+    "The folder with what `make dist` has built"
+    folder = tmp_path_factory.mktemp('dist')
+    subprocess.run(['make', 'dist', f'OUT={folder}'], cwd=ROOT, check=True, capture_output=True)
+    return folder / 'dist'
+
+
+@pytest.fixture(scope='module', params=['*.whl', '*.tar.gz'], ids=['wheel', 'sdist'])
+def installed(request, dist, tmp_path_factory):
+    "The `bin` of an environment with what was built; what that needs is seen from the tests' own environment"
+    folder = tmp_path_factory.mktemp('environment')
+    venv.create(folder)
+    run = folder / 'bin' / 'python'
+    site = next((folder / 'lib').glob('python*/site-packages'))
+    (site / 'libraries.pth').write_text(sysconfig.get_path('purelib'))
+    package = next(dist.glob(request.param))
+    pip = [sys.executable, '-m', 'pip', '--python', run, 'install', '--quiet']
+    subprocess.run([*pip, '--no-deps', '--no-index', '--no-build-isolation', '--ignore-installed', package], check=True, cwd=folder)
+    return folder / 'bin'
+
+
+def printed(command, folder):
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'OMP_NUM_THREADS': '1'}
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_wheel_and_sdist_have_all_modules_and_the_licence(dist):
+    with zipfile.ZipFile(next(dist.glob('*.whl'))) as wheel, tarfile.open(next(dist.glob('*.tar.gz'))) as sdist:
+        for names in (wheel.namelist(), sdist.getnames()):
+            assert {Path(n).name for n in names if Path(n).parent.name == 'bnfreeze_fastai'} >= MODULES
+            assert any(n.endswith('LICENSE') for n in names)
+        assert {Path(n).parts[0].partition('-')[0] for n in wheel.namelist()} == {'bnfreeze_fastai'}
+
+
+def test_metadata_is_complete(dist):
+    with zipfile.ZipFile(next(dist.glob('*.whl'))) as wheel:
+        text = wheel.read(next(n for n in wheel.namelist() if n.endswith('METADATA'))).decode()
+    for field in ('Summary', 'License-Expression: Apache-2.0', 'License-File', 'Keywords', 'Classifier: Typing :: Typed', 'Project-URL'):
+        assert re.search(f'^{field}', text, flags=re.M), field
+
+
+def test_it_comes_from_the_environment(installed, tmp_path):
+    where = printed([installed / 'python', '-c', 'import bnfreeze_fastai.all as m; print(m.__file__)'], tmp_path)
+    assert where.startswith(str(installed.parent))
+
+
+def test_the_ten_lines_of_the_readme(installed, tmp_path):
+    lines = re.search(r'## Ten lines.*?```python\n(.*?)```', (ROOT / 'README.md').read_text(encoding='utf-8'), flags=re.S)[1]
+    assert re.search(r'0\s+frozen\s+0\.0+\s+0\.0+\n', printed([installed / 'python', '-W', 'ignore', '-c', lines], tmp_path))
+
+
+def test_the_demo(installed, tmp_path):
+    assert 'affine-only' in printed([installed / 'bnfreeze', 'demo', '--seeds', '1'], tmp_path)
+
+
+def test_core_costs_no_fastai(installed, tmp_path):
+    code = "import bnfreeze_fastai.core, sys; print([m for m in sys.modules if m.split('.')[0] in ('fastai', 'fastcore', 'pandas')])"
+    assert printed([installed / 'python', '-c', code], tmp_path) == '[]\n'
+
+
+WORKFLOWS = sorted((ROOT / '.github' / 'workflows').glob('*.yml'))
+
+
+@pytest.mark.parametrize('path', WORKFLOWS, ids=lambda p: p.stem)
+def test_workflows_call_the_targets_of_the_makefile(path):
+    jobs = yaml.safe_load(path.read_text(encoding='utf-8'))['jobs'].values()
+    runs = [step['run'] for job in jobs for step in job['steps'] if 'run' in step]
+    targets = re.findall(r'\bmake ([a-z-]+)', '\n'.join(runs))
+    assert targets and set(targets) <= set(re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(encoding='utf-8'), flags=re.M))
+
+
+def test_workflows_test_every_python_of_the_classifiers():
+    assert [p.stem for p in WORKFLOWS] == ['docs', 'release', 'test']
+    matrix = yaml.safe_load(WORKFLOWS[-1].read_text(encoding='utf-8'))['jobs']['test']['strategy']['matrix']['python']
+    assert matrix == re.findall(r'Python :: (3\.\d+)', (ROOT / 'settings.ini').read_text(encoding='utf-8'))
