@@ -1,6 +1,6 @@
 "Notebooks as Markdown pages: nbdev's processors and nbconvert, and links that hold on the site"
 
-import inspect, re
+import ast, inspect, re
 from importlib import import_module
 from os.path import relpath
 from pathlib import Path
@@ -9,7 +9,7 @@ from textwrap import dedent, indent
 import bnfreeze_fastai.all
 import nbformat
 from fastcore.docments import DocmentTbl
-from fastcore.nbio import read_nb
+from fastcore.nbio import mk_cell, read_nb
 from nbconvert import MarkdownExporter
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
@@ -68,6 +68,41 @@ class PageProcessors(FilterDefaults):
         return [render_docs if p is exec_show_docs else p for p in super().base_procs() if p not in left_out]
 
 
+def bound_names(node):
+    "The names that a statement at the top of a module gives it"
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [(alias.asname or alias.name).partition('.')[0] for alias in node.names]
+    targets = getattr(node, 'targets', [])
+    return [getattr(node, 'name', None), *(name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))]
+
+
+def example_imports(nb, module):
+    "Import lines for the visible cells of a module's notebook: what they have from cells that its page does not show"
+    cells = [cell for cell in nb.cells if cell.cell_type == 'code']
+    is_hidden = [bool(re.search(r'^#\|\s*(hide|exporti?)\b', cell.source, flags=re.M)) for cell in cells]
+    visible = [ast.parse(cell.source) for cell, hidden in zip(cells, is_hidden) if not hidden]
+    used = {node.id for tree in visible for node in ast.walk(tree) if isinstance(node, ast.Name)} | {'*'}
+    lines, own = [], set()
+    for node in (node for cell, hidden in zip(cells, is_hidden) if hidden for node in ast.parse(cell.source).body):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            own |= used & {name for name in bound_names(node) if hasattr(module, str(name))}
+        elif isinstance(node, ast.Import) and '.' in node.names[0].name:  # for what it does: methods of a Learner
+            lines.append(ast.unparse(node))
+        elif used & {*bound_names(node)}:
+            node.names = [alias for alias, name in zip(node.names, bound_names(node)) if name in used]
+            lines.append(re.sub(r'^from \.', f'from {get_config().lib_name}.', ast.unparse(node)))
+    lines.append(f'from {module.__name__} import {", ".join(sorted(own))}' if own else f'import {module.__name__}')
+    return '\n'.join(dict.fromkeys(lines))
+
+
+def with_imports(nb, module):
+    "The notebook with those lines under a fold before the first example"
+    first = next((i for i, c in enumerate(nb.cells) if c.cell_type == 'code' and not c.source.startswith('#|')), None)
+    if first is not None:
+        fold = '??? quote "What the examples import"\n\n' + indent(f'```python\n{example_imports(nb, module)}\n```', '    ')
+        nb.cells.insert(first, mk_cell(fold, 'markdown'))
+
+
 def shown_output(output):
     "An output without remains of progress bars and the styles that a notebook needs for data frames; None if nothing is left"
     output = nbformat.from_dict(output)
@@ -93,10 +128,12 @@ def shown_cell(cell):
 def markdown(notebook):
     "Text of a notebook's page, and its pictures as a dict of path (relative to the page) to bytes; links are as in the notebook"
     nb = read_nb(notebook)
+    name = page_name(notebook).stem
+    if re.search(r'^#\| default_exp', '\n'.join(cell.source for cell in nb.cells), flags=re.M):
+        with_imports(nb, import_module(f'{get_config().lib_name}.{name}'))
     PageProcessors()(nb)
     cells = [shown_cell(cell) for cell in nb.cells]
     page = nbformat.v4.new_notebook(cells=cells, metadata={'language_info': {'name': 'python'}})
-    name = page_name(notebook).stem
     text, resources = MarkdownExporter().from_notebook_node(page, {'unique_key': name, 'output_files_dir': f'{name}_files'})
     return re.sub(r'```python\n+```\n', '', text), resources['outputs']
 
