@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= .
-MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+# mkdocs reads where pages and site are from the environment; the first variable silences advice to leave mkdocs
+MKDOCS := NO_MKDOCS_2_WARNING=1 DOCS_PAGES=$(abspath $(OUT))/_proc DOCS_SITE=$(abspath $(OUT))/_docs $(BIN)/mkdocs
 
-.PHONY: demo test versions soak sweep bench experiments notebooks readme docs docs-serve dist chromium clean
+.PHONY: demo test versions soak sweep bench experiments notebooks readme docs pages site docs-serve dist chromium clean
 
 .venv/installed: settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -16,12 +17,13 @@ demo: .venv/installed
 
 test: .venv/installed chromium
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2
-	$(BIN)/pytest --numprocesses 2 tests
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup tests
 
-# For the tests of the site: root gets Debian's Chromium; for others those tests are skipped until they install one
+# For the tests of the site: root gets Debian's Chromium; for others, those tests are skipped until there is one
 chromium:
-	@which chromium chromium-browser google-chrome | grep -q . || [ $$(id -u) != 0 ] || \
-	    (apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium fonts-dejavu-core)
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || [ $$(id -u) != 0 ] || \
+	    (apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium fonts-dejavu-core) || \
+	    echo 'No Chromium: the tests of the site will be skipped'
 
 # The quick tests on the oldest and newest versions, on each Python of PATH; every environment is several GB for its time
 versions: .venv/installed
@@ -49,9 +51,13 @@ notebooks: .venv/installed
 readme: .venv/installed
 	$(BIN)/python -W ignore -m docs readme $(OUT)
 
-docs: .venv/installed
-	$(BIN)/python -W ignore -m docs pages $(OUT)/_proc
-	PAGES=$(abspath $(OUT))/_proc $(MKDOCS) build --config-file docs/mkdocs.yml --strict --site-dir $(abspath $(OUT))/_docs
+docs: pages site
+
+pages: .venv/installed
+	$(BIN)/python -W ignore -m docs pages $(OUT)
+
+site: .venv/installed
+	$(MKDOCS) build --strict --config-file docs/mkdocs.yml
 
 docs-serve: docs
 	$(MKDOCS) serve --config-file docs/mkdocs.yml
@@ -61,4 +67,4 @@ dist: .venv/installed
 	$(BIN)/twine check --strict $(OUT)/dist/*
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .nox .ruff_cache
+	rm -rf .venv _docs _proc build dist *.egg-info .pytest_cache .hypothesis .nox .ruff_cache

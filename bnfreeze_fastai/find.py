@@ -180,8 +180,8 @@ def _plan(n_candidates:int, n_seeds:int, cost:float, epochs:int, n_train:int, n_
     try: return plan_rounds(n_candidates, n_seeds, cost - _SHIFT_BATCHES/full, epochs, n_train, n_valid),full
     except ValueError as e:
         raise ValueError(f"{e}: {cost:.2g} of full runs of {epochs} epochs, with {n_train} training and {n_valid} validation batches each, "
-                         "is too little to divide. Raise `cost` or `epochs`, take fewer seeds, or run `bn_compare`: with this little data, "
-                         "full runs are short.") from None
+                         "is too little to divide. Raise `cost` or `epochs`, take smaller batches or fewer seeds, or compare full runs, "
+                         "which are short with this little data.") from None
 
 def _frozen(trial:Learner) -> list[bool]: return frozen_groups(trial.model, trial.opt.param_lists, trial.opt.frozen_idx)
 
@@ -191,10 +191,10 @@ def _candidates(trial:Learner, policies, current:Policy) -> dict: # Name to poli
     return {name: throughout(p, body) if p in tuple(MODES) else p for name,p in check_policies(policies).items()}
 
 def _shift(trial:Learner) -> pd.DataFrame: # Of pretrained layers: a new head's statistics are far from any data
-    any_stats = any(map(keeps_stats, norm_layers(trial.model).values()))
-    nothing = pd.DataFrame(columns=['layer', 'mean_shift', 'log_var_ratio', 'kl'])
-    shift = trial.bn_shift(n_batches=_SHIFT_BATCHES) if any_stats else nothing
-    return shift[shift['layer'].isin(pretrained_layers(trial))].reset_index(drop=True)
+    layers = norm_layers(trial.model)
+    names = [n for n in pretrained_layers(trial) if keeps_stats(layers[n])]
+    if not names: return pd.DataFrame(columns=['layer', 'mean_shift', 'log_var_ratio', 'kl'])
+    return trial.bn_shift(n_batches=_SHIFT_BATCHES).query('layer in @names').reset_index(drop=True)
 
 # %% ../nbs/07b_find.ipynb #1989734e
 @patch

@@ -45,7 +45,9 @@ def _find(data:Path, valid_pct:float|None) -> tuple[list[Path], list[Path]]:
     if (folders := _layout(data)) is not None:
         if valid_pct is None: return tuple(map(_images, folders))
         raise ValueError(f"{data} has its own validation images in {folders[1].name}: leave out the part for validation ({valid_pct}).")
-    if valid_pct is None: raise ValueError(f"{data} has no folders train and valid: say how much to hold back for validation, as 0.2.")
+    if valid_pct is None:
+        raise ValueError(f"{data} has no folders train and valid: say how much to hold back for validation, as `valid_pct=0.2`, or "
+                         "`--valid-pct 0.2` on the command line.")
     if not 0 < valid_pct < 1: raise ValueError(f"The part for validation has to be between 0 and 1, not {valid_pct}.")
     files = _images(data)
     train,valid = RandomSplitter(valid_pct, seed=0)(files)

@@ -19,9 +19,10 @@ from torch import nn
 
 from .core import check_glob, check_mode, is_frozen_norm, named_modules, norm_layers, norm_params
 
-# %% ../nbs/01_policy.ipynb #3e37003a
+# %% ../nbs/01_policy.ipynb #1c194d87
 ModeSpec = str|Mapping[str, str] # a mode, or globs over layer names to modes
 
+# %% ../nbs/01_policy.ipynb #3e37003a
 class Policy(NamedTuple):
     "The mode of norm layers in frozen groups (`bn`) and in trained ones (`bn_above`): a mode, or a dict of globs to modes"
     bn:ModeSpec = 'frozen'
@@ -52,9 +53,10 @@ def check_policy(
             for glob in rule: check_glob(glob, names)
     return Policy(*(rule if isinstance(rule, str) else dict(rule) for rule in policy))
 
-# %% ../nbs/01_policy.ipynb #42154efb
+# %% ../nbs/01_policy.ipynb #74cf3882
 Schedule = Mapping[float, Mapping[str, ModeSpec]] # fraction of a fit to what changes there
 
+# %% ../nbs/01_policy.ipynb #42154efb
 def check_schedule(
     schedule:Schedule|None, # Fraction of a fit, between 0 and 1, to what changes there: a dict with `bn`, `bn_above` or both
     model:nn.Module|None=None, # If given, each glob has to match at least one of its norm layers

@@ -1,6 +1,6 @@
 """Train the head at the speed of the head: run the frozen part once
 
-While the body of a network is frozen, each epoch of head training computes the same features anew. fastai 0.7 knew better: `precompute=True` ran the body once, stored what it gave for each image, and trained the head on that. It was dropped from fastai v2. It is exact just when the body is frozen *with its batch norm*, which is what `freeze_to_bn` sees to:
+While the body of a network is frozen, each epoch of head training computes the same features anew. fastai 0.7 knew better: `precompute=True` ran the body once, stored what it gave for each image, and trained the head on that. Later versions of fastai do not have it. It is exact just when the body is frozen *with its batch norm*, which is what `freeze_to_bn` sees to:
 
 ```python
 learn.freeze_to_bn(-1)

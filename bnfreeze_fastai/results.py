@@ -95,8 +95,8 @@ class Results:
             raise ValueError(f"{self.path} does not go with settings in {beside} ({e}): give another file, or `resume=False` to "
                              "replace it.") from e
         if differing := _differing(old, self.settings):
-            raise ValueError(f"The runs in {self.path} have other settings: {'; '.join(differing)}. Give another file, or `resume=False` "
-                             "to replace them.")
+            raise ValueError(f"The runs in {self.path} have other settings: {'; '.join(differing)}. Give another file "
+                             "(another `--out` on the command line), or `resume=False` to replace them.")
         self.settings[GROWING] = {**old[GROWING], **self.settings.get(GROWING, {})}
         return df
 

@@ -36,11 +36,12 @@ from .policy import ModeSpec, Policy, check_policy, layer_groups
 from .restore import reseed
 from .stats import Snapshot, moved, snapshot
 
-# %% ../nbs/06a_runs.ipynb #029d80b3
+# %% ../nbs/06a_runs.ipynb #6dccf390
 FASTAI = 'fastai'
 AnyPolicy = str|Policy|Callable[[Learner], Any] # a mode or `FASTAI`, a policy, or a function that does what it likes
 Policies = Iterable[str]|Mapping[str, AnyPolicy|Mapping[str, ModeSpec]] # modes and `FASTAI`, or names to policies, which may be dicts
 
+# %% ../nbs/06a_runs.ipynb #029d80b3
 def _check_one(name:str, policy) -> AnyPolicy:
     if callable(policy): return policy
     if isinstance(policy, Policy): return check_policy(policy)
@@ -180,10 +181,11 @@ def _number(value) -> float:
     try: return float(value)
     except (TypeError, ValueError): return float('nan') # a metric that is no number has no mean over seeds
 
-# %% ../nbs/06a_runs.ipynb #f6ab47ba
+# %% ../nbs/06a_runs.ipynb #2cad3301
 Fit = str|Callable[[Learner, int], Any] # one of `FITS`, or a function of Learner and epochs
 FITS = ('fine_tune', 'fit_one_cycle', 'fit_flat_cos', 'fit')
 
+# %% ../nbs/06a_runs.ipynb #f6ab47ba
 @contextmanager
 def _stored_features(learn:Learner, allowed:bool) -> Iterator[bool]: # Whether they are used
     "`learn.precompute()` where that is allowed and exact"

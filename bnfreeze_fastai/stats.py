@@ -32,9 +32,10 @@ from .ranks import gathered
 # %% ../nbs/02_stats.ipynb #a8de43c0
 _HALVES = {'stats': ('running_mean', 'running_var'), 'affine': ('weight', 'bias')}
 
-# %% ../nbs/02_stats.ipynb #d1b436e3
+# %% ../nbs/02_stats.ipynb #6be4e3f7
 Snapshot = Mapping[str, Mapping[str, Tensor]] # name of each norm layer to its tensors by name
 
+# %% ../nbs/02_stats.ipynb #d1b436e3
 def snapshot(
     model:nn.Module, # Any model
 ) -> dict[str, dict[str, Tensor]]: # Name of each norm layer to its tensors by name, each of shape (channels,), on the CPU in float64

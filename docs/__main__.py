@@ -5,11 +5,13 @@ from pathlib import Path
 
 from fastcore.script import call_parse
 
-from docs.pages import NBS, markdown, page_name, site_links
+from docs.links import site_links
+from docs.notebooks import NBS, page_name
+from docs.pages import markdown
 
 
 def write_pages(to):
-    "All notebooks as Markdown in the folder `to`, made anew"
+    "All notebooks as Markdown in the folder `to`, which is made anew"
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(NBS.parent / 'docs' / 'assets', to / 'assets')
     shutil.copy(NBS / 'llms.txt', to)
@@ -26,12 +28,12 @@ def write_pages(to):
 @call_parse
 def main(
     what: str,  # 'readme' or 'pages'
-    to: Path,  # Folder: of the README, or the pages' own
+    to: Path,  # Folder for the README, or for the folder `_proc` with the pages, which is made anew
 ):
     "Make Markdown of the notebooks"
     if what == 'readme':
         (to / 'README.md').write_text(markdown(NBS / 'index.ipynb')[0], encoding='utf-8')
     elif what == 'pages':
-        write_pages(to)
+        write_pages(to / '_proc')
     else:
         raise ValueError(f"{what!r} cannot be made: 'readme' or 'pages'")

@@ -1,6 +1,8 @@
 "Small models and Learners that the tests share"
 
+import subprocess, sys
 from functools import partial
+from pathlib import Path
 
 import pytest, torch
 from fastai.callback.core import Callback
@@ -16,6 +18,23 @@ from torch import nn
 from bnfreeze_fastai.all import *
 
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+
+
+def ours(o):
+    return getattr(o, '__module__', '').startswith('bnfreeze_fastai')
+
+
+METHODS = {n for n, o in vars(Learner).items() if ours(o)}  # of this package, added to every Learner
+
+
+def make(target, out, folder=ROOT):
+    "`make target OUT=out` in the environment of the tests, which is neither made nor changed by it"
+    bin = Path(sys.executable).parent
+    command = ['make', '--silent', '--old-file', '.venv/installed', target, f'BIN={bin}', f'OUT={out}']
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
 
 OPTIMIZERS = dict(adam=Adam, sgd=partial(SGD, mom=0.9), ranger=ranger, torch_adamw=partial(OptimWrapper, opt=torch.optim.AdamW))
 

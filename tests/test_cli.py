@@ -1,12 +1,14 @@
 "The command `bnfreeze`, as a user types it"
 
-import json, shutil, signal, subprocess, sys, time
+import json, re, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd, pytest, torch, torchvision
+from conftest import ROOT
+from fastcore.script import anno_parser
 from PIL import Image
 
-from bnfreeze_fastai.cli import main
+from bnfreeze_fastai.cli import COMMANDS, main
 
 COMMAND = Path(sys.executable).parent / 'bnfreeze'
 
@@ -257,3 +259,15 @@ def test_unreadable_images_are_skipped_on_request(pets, capsys):
     unreadable()
     main(['compare', 'pets', *SMALL, '--epochs', '1', '--seeds', '1', '--modes', 'frozen', '--skip-unreadable', '--out', 'found'])
     assert '3.png' in capsys.readouterr().out and json.loads(Path('found/results.json').read_text())['images'] == 47
+
+
+ON_A_PAGE = re.compile(r'`bnfreeze ((?:find|compare|demo)[^`]*)`|^bnfreeze ((?:find|compare|demo).*)$', flags=re.M)
+
+
+@pytest.mark.parametrize('page', sorted((ROOT / 'nbs').rglob('*.ipynb')), ids=lambda p: p.stem)
+def test_commands_on_pages_can_be_given(page):
+    text = '\n'.join(''.join(c['source']) for c in json.loads(page.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown')
+    for command in (a or b for a, b in ON_A_PAGE.findall(text)):
+        name, *args = shlex.split(command)
+        if args:
+            anno_parser(COMMANDS[name]).parse_args(args)

@@ -1,19 +1,24 @@
 "The package as others take it: wheel and sdist, in an environment of their own without the source tree"
 
-import os, re, subprocess, sys, sysconfig, tarfile, venv, zipfile
+import os, re, shutil, subprocess, sys, sysconfig, tarfile, venv, zipfile
 from pathlib import Path
 
 import pytest, yaml
+from conftest import ROOT, make
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group('package')  # which is built once
 MODULES = {p.name for p in (ROOT / 'bnfreeze_fastai').iterdir() if p.suffix == '.py'} | {'py.typed'}
 
 
 @pytest.fixture(scope='module')
 def dist(tmp_path_factory):
-    "The folder with what `make dist` has built"
-    folder = tmp_path_factory.mktemp('dist')
-    subprocess.run(['make', 'dist', f'OUT={folder}'], cwd=ROOT, check=True, capture_output=True)
+    "The folder with what `make dist` has built, from a copy, as setuptools builds in the source and takes over what it built before"
+    folder, copy = tmp_path_factory.mktemp('dist'), tmp_path_factory.mktemp('source')
+    shutil.copytree(ROOT / 'bnfreeze_fastai', copy / 'bnfreeze_fastai', ignore=shutil.ignore_patterns('__pycache__'))
+    for file in (path for path in ROOT.iterdir() if path.is_file()):
+        shutil.copy(file, copy)
+    result = make('dist', folder, copy)
+    assert result.returncode == 0, result.stderr
     return folder / 'dist'
 
 

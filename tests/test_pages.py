@@ -1,13 +1,14 @@
 "What a page shows can be pasted into a script in an empty folder, and runs"
 
 import os, re, subprocess, sys
-from importlib import import_module
-from pathlib import Path
+from textwrap import dedent
 
 import pytest
-from fastcore.nbio import read_nb
 
-from docs.pages import NBS, example_imports, page_name
+from docs.imports import FOLD
+from docs.links import site_links
+from docs.notebooks import NBS
+from docs.pages import page_cells
 
 OF_THE_REPOSITORY = {'which_mode', 'put_to_the_test'}  # they show its tables, and say so
 PAGES = sorted(NBS.rglob('*.ipynb'))
@@ -15,14 +16,9 @@ PAGES = sorted(NBS.rglob('*.ipynb'))
 
 def shown_code(notebook):
     "The code that a reader of the page sees, without slow cells"
-    nb = read_nb(notebook)
-    cells = [c for c in nb.cells if c.cell_type == 'code']
-    directives = [set(re.findall(r'^#\|\s*(\w+)', c.source, flags=re.M)) for c in cells]
-    unseen = {'hide', 'export', 'exporti', 'default_exp', 'slow', 'echo'}
-    shown = [c.source for c, words in zip(cells, directives) if not words & unseen]
-    if any('default_exp' in words for words in directives):
-        shown.insert(0, example_imports(nb, import_module(f'bnfreeze_fastai.{page_name(notebook).stem}')))
-    return '\n\n'.join(shown)
+    cells = [c.source for c in page_cells(notebook) if c.cell_type == 'code' or c.source.startswith(FOLD)]
+    shown = [source for source in cells if not re.search(r'^#\| *(slow|echo: false)', source, flags=re.M)]
+    return '\n\n'.join(re.sub(r'\s*```.*', '', dedent(s.removeprefix(FOLD))) if s.startswith(FOLD) else s for s in shown)
 
 
 @pytest.mark.parametrize('notebook', PAGES, ids=lambda p: p.stem)
@@ -32,3 +28,26 @@ def test_shown_code_runs_in_an_empty_folder(notebook, tmp_path):
     env = os.environ | {'MPLBACKEND': 'agg', 'OMP_NUM_THREADS': '1'}
     result = subprocess.run([sys.executable, tmp_path / 'page.py'], cwd=folder, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    'text,linked',
+    [
+        ('`bn_drift`', '[`bn_drift`](../stats.md#bn_drift)'),
+        ('`bn_drift(model, start)`', '[`bn_drift(model, start)`](../stats.md#bn_drift)'),
+        ('`learn.bn_find(epochs=5)`', '[`learn.bn_find(epochs=5)`](../find.md#learner.bn_find)'),
+        ('`fastai.callback.core.Callback`', '[`fastai.callback.core.Callback`](https://docs.fast.ai/callback.core.html#callback)'),
+        ('see [the `bn_drift` page](../02_stats.ipynb#Drift)', 'see [the `bn_drift` page](../stats.md#drift)'),
+        ('[which](which_mode.ipynb), [back](../index.ipynb)', '[which](which_mode.md), [back](../index.md)'),
+        ('[which](nbs/tutorials/which_mode.ipynb)', '[which](which_mode.md)'),
+        ('`n_batches`', '`n_batches`'),
+        ('`learn.fit(1)`', '`learn.fit(1)`'),
+        ('`_distinct_modes`', '`_distinct_modes`'),
+        ('```python\n`bn_drift`\n```', '```python\n`bn_drift`\n```'),
+        ('~~~\n`bn_drift`\n~~~', '~~~\n`bn_drift`\n~~~'),
+        ('    `bn_drift`', '    `bn_drift`'),
+        ('      <td>`bn_drift`</td>', '      <td>`bn_drift`</td>'),
+    ],
+)
+def test_links_of_a_tutorial(text, linked):
+    assert site_links(text, NBS / 'tutorials' / 'several_gpus.ipynb') == linked

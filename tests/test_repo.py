@@ -6,9 +6,9 @@ from importlib.metadata import metadata, version
 from pathlib import Path
 
 import pandas as pd, pytest
+from conftest import ROOT, make
 from packaging.version import Version
 
-ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / 'nbs').rglob('*.ipynb'))
 FLOORS = [
@@ -73,7 +73,7 @@ def test_exported_and_clean(copy, command, folder, pattern):
 
 
 def test_readme_is_made_from_the_index(tmp_path):
-    subprocess.run(['make', 'readme', f'OUT={tmp_path}'], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    make('readme', tmp_path)
     assert (tmp_path / 'README.md').read_text(encoding='utf-8') == (ROOT / 'README.md').read_text(encoding='utf-8'), 'run make readme'
 
 
@@ -135,3 +135,10 @@ def test_quick_tests_are_there():
     spec = importlib.util.spec_from_file_location('noxfile', ROOT / 'noxfile.py')
     spec.loader.exec_module(noxfile := importlib.util.module_from_spec(spec))
     assert all((ROOT / 'tests' / f'test_{name}.py').exists() for name in noxfile.QUICK)
+
+
+@pytest.mark.parametrize('command', ['format --check', 'check --select F --ignore F401,F403,F405'])
+def test_scripts_are_formatted_and_name_what_exists(command):
+    places = ['tests', 'docs', 'bench', 'experiments', 'soak', 'sweep', 'noxfile.py']
+    result = subprocess.run([BIN / 'ruff', *command.split(), '--no-cache', *places], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

@@ -4,19 +4,11 @@ import json, os, re, subprocess, sys
 from pathlib import Path
 
 import pytest
-from fastai.learner import Learner
+from conftest import METHODS, ROOT, ours
 
 import bnfreeze_fastai.all
 
-ROOT = Path(__file__).parent.parent
 USE = ROOT / 'tests' / 'typed_use.py'
-
-
-def ours(o):
-    return getattr(o, '__module__', '').startswith('bnfreeze_fastai')
-
-
-METHODS = {n for n, o in vars(Learner).items() if ours(o)}
 UNKNOWN_BASE = ['Type of metaclass unknown', 'Type of base class unknown']
 PARTLY = 'Return type is partially unknown'
 EXTERNAL = {  # what is left unknown by fastai and pandas, which have no `py.typed`

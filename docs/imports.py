@@ -1,0 +1,47 @@
+"What the examples on a module's page import in cells that the page does not show"
+
+import ast, re
+from textwrap import indent
+
+from fastcore.nbio import mk_cell
+from nbdev.config import get_config
+
+FOLD = '??? quote "What the examples import"'
+
+
+def bound_names(node):
+    "The names that a statement at the top of a module gives it"
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [(alias.asname or alias.name).partition('.')[0] for alias in node.names]
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = getattr(node, 'targets', [getattr(node, 'target', node)])
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
+def example_imports(nb, module):
+    "Import lines for the visible cells of a module's notebook: what they have from cells that its page does not show"
+    cells = [cell for cell in nb.cells if cell.cell_type == 'code']
+    is_hidden = [bool(re.search(r'^#\|\s*(hide|exporti?)\b', cell.source, flags=re.M)) for cell in cells]
+    visible = [node for cell, hidden in zip(cells, is_hidden) if not hidden for node in cell.parsed_() or []]
+    used = {name.id for node in visible for name in ast.walk(node) if isinstance(name, ast.Name)} | {'*'}
+    lines, own = [], set()
+    for node in (node for cell, hidden in zip(cells, is_hidden) if hidden for node in cell.parsed_() or []):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            own |= used & {name for name in bound_names(node) if hasattr(module, name)}
+        elif isinstance(node, ast.Import) and '.' in node.names[0].name:  # for what it does: methods of a Learner
+            lines.append(ast.unparse(node))
+        elif used & {*bound_names(node)}:
+            node.names = [alias for alias, name in zip(node.names, bound_names(node)) if name in used]
+            lines.append(re.sub(r'^from \.', f'from {get_config().lib_name}.', ast.unparse(node)))
+    lines.append(f'from {module.__name__} import {", ".join(sorted(own))}' if own else f'import {module.__name__}')
+    return '\n'.join(dict.fromkeys(lines))
+
+
+def with_imports(nb, module):
+    "The notebook with those lines under a fold before the first example"
+    shown = (i for i, c in enumerate(nb.cells) if c.cell_type == 'code' and not re.match(r'#\|\s*(hide|exporti?|default_exp)\b', c.source))
+    first = next(shown, None)
+    if first is not None:
+        fold = f'{FOLD}\n\n' + indent(f'```python\n{example_imports(nb, module)}\n```', '    ')
+        nb.cells.insert(first, mk_cell(fold, 'markdown'))
