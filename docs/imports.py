@@ -9,6 +9,11 @@ from nbdev.config import get_config
 FOLD = '??? quote "What the examples import"'
 
 
+def is_hidden(cell):
+    "Whether a code cell has no place on the page"
+    return bool(re.match(r'#\|\s*(hide|exporti?|default_exp)\b', cell.source))
+
+
 def bound_names(node):
     "The names that a statement at the top of a module gives it"
     if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -22,11 +27,10 @@ def bound_names(node):
 def example_imports(nb, module):
     "Import lines for the visible cells of a module's notebook: what they have from cells that its page does not show"
     cells = [cell for cell in nb.cells if cell.cell_type == 'code']
-    is_hidden = [bool(re.search(r'^#\|\s*(hide|exporti?)\b', cell.source, flags=re.M)) for cell in cells]
-    visible = [node for cell, hidden in zip(cells, is_hidden) if not hidden for node in cell.parsed_() or []]
+    visible = [node for cell in cells if not is_hidden(cell) for node in cell.parsed_() or []]
     used = {name.id for node in visible for name in ast.walk(node) if isinstance(name, ast.Name)} | {'*'}
     lines, own = [], set()
-    for node in (node for cell, hidden in zip(cells, is_hidden) if hidden for node in cell.parsed_() or []):
+    for node in (node for cell in cells if is_hidden(cell) for node in cell.parsed_() or []):
         if not isinstance(node, (ast.Import, ast.ImportFrom)):
             own |= used & {name for name in bound_names(node) if hasattr(module, name)}
         elif isinstance(node, ast.Import) and '.' in node.names[0].name:  # for what it does: methods of a Learner
@@ -40,8 +44,7 @@ def example_imports(nb, module):
 
 def with_imports(nb, module):
     "The notebook with those lines under a fold before the first example"
-    shown = (i for i, c in enumerate(nb.cells) if c.cell_type == 'code' and not re.match(r'#\|\s*(hide|exporti?|default_exp)\b', c.source))
-    first = next(shown, None)
+    first = next((i for i, cell in enumerate(nb.cells) if cell.cell_type == 'code' and not is_hidden(cell)), None)
     if first is not None:
         fold = f'{FOLD}\n\n' + indent(f'```python\n{example_imports(nb, module)}\n```', '    ')
         nb.cells.insert(first, mk_cell(fold, 'markdown'))

@@ -15,6 +15,7 @@ from fastai.torch_core import params, set_seed
 from fastcore.basics import noop
 from torch import nn
 
+import bnfreeze_fastai.all
 from bnfreeze_fastai.all import *
 
 torch.set_num_threads(1)
@@ -26,14 +27,18 @@ def ours(o):
     return getattr(o, '__module__', '').startswith('bnfreeze_fastai')
 
 
+PUBLIC = {n for n, o in vars(bnfreeze_fastai.all).items() if ours(o)}  # functions and classes that `all` offers
 METHODS = {n for n, o in vars(Learner).items() if ours(o)}  # of this package, added to every Learner
 
 
-def make(target, out, folder=ROOT):
-    "`make target OUT=out` in the environment of the tests, which is neither made nor changed by it"
+def make(target, out, folder=ROOT, succeeds=True):
+    "What `make target OUT=out` says, in the environment of the tests, which is neither made nor changed by it"
     bin = Path(sys.executable).parent
     command = ['make', '--silent', '--old-file', '.venv/installed', target, f'BIN={bin}', f'OUT={out}']
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    said = result.stdout + result.stderr
+    assert (result.returncode == 0) == succeeds, said
+    return said
 
 
 OPTIMIZERS = dict(adam=Adam, sgd=partial(SGD, mom=0.9), ranger=ranger, torch_adamw=partial(OptimWrapper, opt=torch.optim.AdamW))

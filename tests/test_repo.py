@@ -50,8 +50,8 @@ FLOORS = [
 ]  # each may import those before it
 
 
-def text(folder, pattern):
-    return {p.relative_to(folder): p.read_text(encoding='utf-8') for p in sorted(folder.rglob(pattern))}
+def text(folder, *patterns):
+    return {p: p.read_text(encoding='utf-8') for pattern in patterns for p in folder.glob(pattern)}
 
 
 @pytest.fixture
@@ -63,13 +63,12 @@ def copy(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'command,folder,pattern',
-    [('nbdev-export', 'bnfreeze_fastai', '*.py'), ('nbdev-export', 'nbs', 'llms.txt'), ('nbdev-clean', 'nbs', '*.ipynb')],
+    'command,patterns', [('nbdev-export', ['bnfreeze_fastai/**/*.py', 'nbs/llms.txt']), ('nbdev-clean', ['nbs/**/*.ipynb'])]
 )
-def test_exported_and_clean(copy, command, folder, pattern):
-    before = text(copy / folder, pattern)
+def test_exported_and_clean(copy, command, patterns):
+    before = text(copy, *patterns)
     subprocess.run([BIN / command], cwd=copy, check=True)
-    assert text(copy / folder, pattern) == before, f'run {command}'
+    assert text(copy, *patterns) == before, f'run {command}'
 
 
 def test_readme_is_made_from_the_index(tmp_path):
