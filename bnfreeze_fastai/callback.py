@@ -27,8 +27,8 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .core import (MODES, affine_params, bn_mode, forget_copied_holds, held_stats, is_compiled, is_frozen_norm,
-                                  norm_layers, norm_params, set_affine, stats_buffers, warn_fixed_stats)
+from .core import (MODES, affine_params, bn_mode, held_stats, is_compiled, is_frozen_norm,
+                                  norm_layers, norm_params, set_affine, stats_buffers, warn_unkept)
 from .fixed import all_ranks, drop_grads, fingerprint, level_slow_weights, named_tensors
 from .policy import ModeSpec, Policy, Schedule, check_policy, check_schedule, frozen_groups, layer_modes, stages
 from .ranks import is_distributed
@@ -128,7 +128,6 @@ def _attach(self:BatchNormFreeze):
 def _detach(self:BatchNormFreeze):
     learn = self.learn
     self._release()
-    forget_copied_holds(learn.model)
     if self._traced: torch.compiler.reset()
     if active_callback(learn) is not self: return
     remaining = next((cb for cb in reversed(learn.cbs) if isinstance(cb, BatchNormFreeze) and cb is not self), None)
@@ -206,7 +205,7 @@ def apply(self:BatchNormFreeze,
     self._fixed_params = list(dict.fromkeys([*in_epoch, *fixed]))
     drop_grads(self._fixed_params)
     level_slow_weights(self.opt, self._fixed_params)
-    self._warned.update(warn_fixed_stats({n: mode for n,mode in modes.items() if n not in self._warned}, layers))
+    self._warned.update(warn_unkept({n: mode for n,mode in modes.items() if n not in self._warned}, layers))
     return modes
 
 # %% ../nbs/03_callback.ipynb #366beaff

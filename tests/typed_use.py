@@ -59,11 +59,10 @@ def layers_of_a_model(model: nn.Module, layer: nn.Module):
         assert_type(layer.momentum, float | None)
     if isinstance(layer, NORM_TYPES):
         assert_type(layer.eps, float)
-    assert_type(warn_fixed_stats({'0.1': 'frozen'}, norm_layers(model)), list[str])
+    assert_type(warn_unkept({'0.1': 'frozen'}, norm_layers(model)), list[str])
     assert_type(fingerprint(torch.ones(3)), bytes)
     assert_type(all_ranks({'0.1'}, model), list[str])
     check_glob('0.*', norm_layers(model))
-    forget_copied_holds(model)
     refuse_compiled(model, 'so it cannot be done.')
     drop_grads(model.parameters())
     bn_layers([model])  # reportArgumentType
