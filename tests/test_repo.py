@@ -27,6 +27,7 @@ FLOORS = [
     'convolution',
     'deferred',
     'fuse',
+    'finite',
     'callback',
     'loaders',
     'frozen_part',
