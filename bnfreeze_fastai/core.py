@@ -12,8 +12,9 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['MODES', 'BN_TYPES', 'NORM_TYPES', 'NO_HOOKS', 'Mode', 'check_mode', 'is_frozen_norm', 'keeps_stats', 'updates_stats',
            'affine_params', 'stats_buffers', 'named_modules', 'is_compiled', 'refuse_compiled', 'norm_layers',
-           'norm_params', 'bn_layers', 'check_glob', 'held_stats', 'unheeded', 'told_in_eval', 'never_trained',
-           'warn_unkept', 'set_affine', 'set_bn_mode', 'bn_mode', 'hold_bn_mode', 'revert_sync_bn']
+           'norm_params', 'bn_layers', 'check_glob', 'Temporary', 'clean_copies', 'held_stats', 'unheeded',
+           'told_in_eval', 'never_trained', 'warn_unkept', 'set_affine', 'set_bn_mode', 'bn_mode', 'hold_bn_mode',
+           'revert_sync_bn']
 
 # %% ../nbs/00_core.ipynb #07161936
 import threading, warnings
@@ -171,7 +172,11 @@ def _recomputes() -> bool:
     "Whether this forward pass runs inside a backward pass, as activation checkpointing has it"
     return torch._C._current_graph_task_id() != -1
 
-class _Hold:
+class Temporary:
+    "What a module has for a while: a hook or an attribute that copies and pickles of the module leave out, unless it is `lasting`"
+    lasting = False
+
+class _Hold(Temporary):
     "A mode held on a layer, for good (`lasting`) or for a while, and the forward hooks that see to its statistics"
     def __init__(self, mode:str, lasting:bool=False, guards:bool=False, root:nn.Module|None=None):
         self.mode,self.lasting,self.guards = mode,lasting,guards # `guards`: an attempt to reset the statistics raises
@@ -231,13 +236,18 @@ def _refuse_reset(layer):
                        f"{_holds_on(layer)[-1].mode!r}, and a reset would lose them. To re-estimate them, call `recalibrate_bn(model, "
                        "batches)`; to reset them all the same, leave the fit or the `with` block, or set the mode 'train', first.")
 
+def clean_copies(
+    module:nn.Module,
+) -> dict[str, partial]: # Attributes to give `module` for as long as it has something `Temporary`
+    "Let copies and pickles of `module` leave out what is `Temporary`"
+    own = {'__reduce_ex__': partial(_reduced, module)}
+    return own | {'__deepcopy__': partial(_deepcopied, module)} if hasattr(type(module), '__deepcopy__') else own
+
 def _overrides(layer:nn.Module, holds:list[_Hold]) -> dict[str, partial]:
     "What `layer` does in its own way while `holds` are on it"
-    own = {'__reduce_ex__': partial(_reduced, layer)} if holds else {}
-    if hasattr(type(layer), '__deepcopy__'): own |= {'__deepcopy__': partial(_deepcopied, layer)} if holds else {}
-    if holds and holds[-1].guards and keeps_stats(layer) and not is_lazy(layer.running_mean):
-        own['reset_running_stats'] = partial(_refuse_reset, layer)
-    return own
+    if not holds: return {}
+    guards = holds[-1].guards and keeps_stats(layer) and not is_lazy(layer.running_mean)
+    return clean_copies(layer) | ({'reset_running_stats': partial(_refuse_reset, layer)} if guards else {})
 
 # %% ../nbs/00_core.ipynb #9db874c7
 _OVERRIDDEN = '__reduce_ex__','__deepcopy__','reset_running_stats'
@@ -258,30 +268,31 @@ def _put_holds(layer:nn.Module, holds:list[_Hold]):
 # %% ../nbs/00_core.ipynb #e2547276
 _lasting_layers = WeakSet() # those with a mode set for good
 
-def _without_temporary(attrs:dict, layer:nn.Module) -> dict:
-    "The attributes of a copy of `layer`"
-    lasting = [h for h in _holds_on(layer) if h.lasting]
-    attrs = {k: v for k,v in attrs.items() if k not in ('_bn_holds', *_OVERRIDDEN)}
-    if lasting: attrs |= {'_bn_holds': lasting, **_overrides(layer, lasting)}
-    for k in ('_forward_pre_hooks', '_forward_hooks'):
-        attrs[k] = OrderedDict((i, h) for i,h in attrs[k].items() if not isinstance(h, _Hold) or h.lasting)
-    return attrs
+def _without_temporary(attrs:dict, module:nn.Module) -> dict:
+    "The attributes of a copy of `module`, given those of `module` or of a copy of them"
+    left_out = lambda v: isinstance(v, Temporary) and not v.lasting
+    lasting = [h for h in attrs.get('_bn_holds', []) if h.lasting]
+    attrs = {k: v for k,v in attrs.items() if k not in ('_bn_holds', *_OVERRIDDEN) and not left_out(v)}
+    for k in ('_forward_pre_hooks', '_forward_hooks'): attrs[k] = OrderedDict((i, h) for i,h in attrs[k].items() if not left_out(h))
+    return attrs | {'_bn_holds': lasting, **_overrides(module, lasting)} if lasting else attrs
 
 def _made_with_mode(make, args):
     _lasting_layers.add(layer := make(*args))
     return layer
 
-def _reduced(layer:nn.Module, protocol:int) -> tuple:
-    "How to copy or pickle `layer`"
-    make,args,state,*rest = type(layer).__reduce_ex__(layer, protocol)
-    if isinstance(state, dict): state = _without_temporary(state, layer)
-    if any(h.lasting for h in _holds_on(layer)): make,args = _made_with_mode,(make, args)
+def _reduced(module:nn.Module, protocol:int) -> tuple:
+    "How to copy or pickle `module`"
+    make,args,state,*rest = type(module).__reduce_ex__(module, protocol)
+    if isinstance(state, dict): state = _without_temporary(state, module)
+    if any(h.lasting for h in _holds_on(module)): make,args = _made_with_mode,(make, args)
     return make,args,state,*rest
 
-def _deepcopied(layer:nn.Module, memo:dict) -> nn.Module:
-    "A copy of a layer whose class has its own way to copy, as with a parametrization"
-    copied = type(layer).__deepcopy__(layer, memo)
-    _put_holds(copied, [h for h in _holds_on(copied) if h.lasting])
+def _deepcopied(module:nn.Module, memo:dict) -> nn.Module:
+    "A copy of a module whose class has its own way to copy, as with a parametrization"
+    copied = type(module).__deepcopy__(module, memo)
+    attrs = _without_temporary(vars(copied), copied)
+    vars(copied).clear()
+    vars(copied).update(attrs)
     if _holds_on(copied): _lasting_layers.add(copied)
     return copied
 
