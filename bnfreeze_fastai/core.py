@@ -10,11 +10,11 @@ This module knows layers and modes, and nothing of fastai: it needs only torch."
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['MODES', 'BN_TYPES', 'NORM_TYPES', 'NO_HOOKS', 'Mode', 'check_mode', 'is_frozen_norm', 'keeps_stats', 'updates_stats',
-           'affine_params', 'stats_buffers', 'named_modules', 'is_compiled', 'refuse_compiled', 'norm_layers',
-           'norm_params', 'bn_layers', 'check_glob', 'Temporary', 'clean_copies', 'held_stats', 'unheeded',
-           'told_in_eval', 'never_trained', 'warn_unkept', 'set_affine', 'set_bn_mode', 'bn_mode', 'hold_bn_mode',
-           'revert_sync_bn']
+__all__ = ['MODES', 'BN_TYPES', 'NORM_TYPES', 'NO_HOOKS', 'Mode', 'mode_name', 'check_mode', 'is_frozen_norm', 'keeps_stats',
+           'updates_stats', 'affine_params', 'stats_buffers', 'named_modules', 'is_compiled', 'refuse_compiled',
+           'norm_layers', 'norm_params', 'bn_layers', 'check_glob', 'Temporary', 'clean_copies', 'held_stats',
+           'unheeded', 'told_in_eval', 'never_trained', 'warn_unkept', 'set_affine', 'set_bn_mode', 'bn_mode',
+           'hold_bn_mode', 'revert_sync_bn']
 
 # %% ../nbs/00_core.ipynb #07161936
 import threading, warnings
@@ -41,7 +41,13 @@ class Mode(NamedTuple):
 
 # %% ../nbs/00_core.ipynb #9275b767
 MODES = {'train': Mode(True, True), 'stats-only': Mode(True, False), 'affine-only': Mode(False, True), 'frozen': Mode(False, False)}
-_NAMES = {mode: name for name,mode in MODES.items()}
+
+def mode_name(
+    updates_stats:bool,
+    trains_affine:bool,
+) -> str: # One of `MODES`
+    "The mode in which these halves move"
+    return next(name for name,mode in MODES.items() if mode == (updates_stats, trains_affine))
 
 # %% ../nbs/00_core.ipynb #3f398a44
 def check_mode(
@@ -418,7 +424,7 @@ def bn_mode(
     if params: trains = any(p.requires_grad for p in params)
     if not holds and not isinstance(layer, BN_TYPES): updates = trains # no statistics to speak of: named after the half it has
     if keeps_stats(layer) and not updates_stats(layer): updates = False
-    return _NAMES[Mode(updates, trains)]
+    return mode_name(updates, trains)
 
 # %% ../nbs/00_core.ipynb #3c6a6b46
 @contextmanager

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 import pandas as pd
 from fastai.learner import Callback, Learner
 
-from .callback import active_callback, planned_modes
+from .callback import active_callback, leave_a_copy, planned_modes
 from .core import MODES, bn_layers
 from .fuse import fused_bn
 
@@ -35,6 +35,7 @@ class BatchNormFuse(Callback):
     @learn.setter
     def learn(self, learn:Learner|None) -> None:
         self._block.close()
+        if self._learn is not None and leave_a_copy(self, learn): self.pairs = self.pairs.iloc[:0]
         self._learn = learn
 
     def before_train(self) -> None: self._start()
