@@ -52,6 +52,7 @@ class _Fit:
         self.epoch,self.batch,self.n_batches = 0,0,1
         self.guard,self.frozen,self.others = None,None,None
         self.counts,self.told = Counter(),set()
+        self.anew = False # whether a policy was set since modes were put onto the tensors
 
     def guard_by(self, guard:Guard|None):
         "Release the guard that there is, for `guard`"
@@ -77,7 +78,7 @@ class BatchNormFreeze(Callback):
         self._init_state()
         self._point,self._groups,self._found,self._warned,self.moving_buffers = FreezePoint(),[],{},set(),[]
         self.bn_policy,self.bn_start,self.verify = check_policy(Policy(bn, bn_above)),{},verify
-        self.schedule,self.schedule_log = check_schedule(schedule),{}
+        self.schedule,self.schedule_log,self._applied = check_schedule(schedule),{},False
 
     def _init_state(self): self._fits,self._traced = [],frozenset()
 
@@ -170,7 +171,8 @@ def _detach(self:BatchNormFreeze):
     if needs_opt: learn.create_opt()
     if remaining is not None: _hand_over(self, remaining)
     if learn.splitter == self.split: learn.splitter = self._splitter if remaining is None else remaining.split
-    if learn.opt is not None: self._restore_fastai() if remaining is None else remaining.apply()
+    if learn.opt is not None and self._applied: self._restore_fastai() if remaining is None else remaining.apply()
+    self._applied = False
     if needs_opt: learn.opt = None
 
 @patch
@@ -245,6 +247,7 @@ def apply(self:BatchNormFreeze,
     groups,now,modes,layers = self.opt.param_lists,self.look(),self.modes(),norm_layers(self.model)
     set_affine({layers[n]: mode for n,mode in modes.items()}, among={p for group in groups for p in group} - leave)
     if self._point.news(self.opt) is not None: self._found = {}
+    self._applied = True
     self._point.keep(now, self.opt)
     self._point.settle(self.model)
     fixed,_ = self._fixed(modes)
@@ -275,7 +278,7 @@ def set_policy(self:BatchNormFreeze,
     self.bn_policy,self.bn_start = check_policy(policy, self.model),snapshot(self.model)
     self._found = {}
     self._point.forget()
-    for fit in self._fits: fit.stages,fit.frozen = self._stages(),None
+    for fit in self._fits: fit.stages,fit.anew = self._stages(),True
 
 # %% ../nbs/03_callback.ipynb #1a7b66f4
 @patch
@@ -303,9 +306,9 @@ def _stages(self:BatchNormFreeze) -> Stages:
 def before_fit(self:BatchNormFreeze) -> None:
     "Put the policy onto the tensors and hold the statistics, until it is known whether this is a fit"
     if not self._in_force(): return
-    if self.fit_now is None: self._release() # of fits that an exception ended
+
     fit = _Fit(self._stages(), {p: (p.requires_grad, p.grad) for p in norm_params(self.model)})
-    now,layers = self.look(),norm_layers(self.model)
+    now,layers = self._point.look(self.model, self.opt),norm_layers(self.model)
     modes = layer_modes(self.model, self.opt.param_lists, now.groups, fit.stages.policy, now.by_hand)
     self._fits.append(fit)
     if is_distributed(): self._refuse_to_change_what_trains(fit)
@@ -331,7 +334,7 @@ def before_train(self:BatchNormFreeze) -> None:
 @patch
 def _begin(self:BatchNormFreeze, fit:_Fit):
     fit.trains,fit.found,self.schedule_log = True,{},{}
-    self._point.keep(fit.frozen or self.look(), self.opt)
+    self._point.keep(fit.frozen, self.opt)
     if any(isinstance(cb, BnFreeze) for cb in self.learn.cbs): warnings.warn(
         "fastai's `BnFreeze` is beside `BatchNormFreeze`: it puts frozen batch norm in eval mode whatever the policy says. "
         "Remove it with `learn.remove_cb(BnFreeze)`.")
@@ -365,10 +368,10 @@ def _start(self:BatchNormFreeze, fit:_Fit, stage:int):
     off = self._off_after(fit, stage)
     now = self.look()
     if fit.guard is not None: fit.guard.fixed = [] # what was fixed until now counts no longer
-    modes = self.apply(off if now == fit.frozen else frozenset())
+    modes = self.apply(off if now == fit.frozen and not fit.anew else frozenset())
     self._hold(fit, modes)
     fit.guard.note(self.model, *self._fixed(modes), self.verify, before)
-    fit.frozen,fit.pending,fit.compared = self.look(),False,False
+    fit.frozen,fit.anew,fit.pending,fit.compared = self.look(),False,False,False
     self._tell_of_hands(fit)
     if fit.others is None: fit.others = {n: fingerprint(t) for n,t in named_tensors(self.model).items() if n in other_buffers(self.model)}
 
