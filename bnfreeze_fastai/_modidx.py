@@ -298,6 +298,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'bnfreeze_fastai.deferred._deferred_call': ( 'deferred.html#_deferred_call',
                                                                                        'bnfreeze_fastai/deferred.py'),
                                           'bnfreeze_fastai.deferred._fusible': ('deferred.html#_fusible', 'bnfreeze_fastai/deferred.py'),
+                                          'bnfreeze_fastai.deferred._transformed': ( 'deferred.html#_transformed',
+                                                                                     'bnfreeze_fastai/deferred.py'),
                                           'bnfreeze_fastai.deferred.defer': ('deferred.html#defer', 'bnfreeze_fastai/deferred.py')},
             'bnfreeze_fastai.differences': { 'bnfreeze_fastai.differences._verdict': ( 'differences.html#_verdict',
                                                                                        'bnfreeze_fastai/differences.py'),
