@@ -704,6 +704,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'bnfreeze_fastai/results.py'),
                                          'bnfreeze_fastai.results.Results.has': ('results.html#results.has', 'bnfreeze_fastai/results.py'),
                                          'bnfreeze_fastai.results._differing': ('results.html#_differing', 'bnfreeze_fastai/results.py'),
+                                         'bnfreeze_fastai.results._typed': ('results.html#_typed', 'bnfreeze_fastai/results.py'),
                                          'bnfreeze_fastai.results._wrong': ('results.html#_wrong', 'bnfreeze_fastai/results.py'),
                                          'bnfreeze_fastai.results.as_json': ('results.html#as_json', 'bnfreeze_fastai/results.py'),
                                          'bnfreeze_fastai.results.write_json': ('results.html#write_json', 'bnfreeze_fastai/results.py'),
