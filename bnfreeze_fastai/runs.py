@@ -29,6 +29,7 @@ from torch.nn.parameter import is_lazy
 from xxhash import xxh3_128_hexdigest
 
 import bnfreeze_fastai.learner # patches `freeze_to_bn` and `precompute` in
+from .batches import wrong
 from .callback import BatchNormFreeze, active_callback
 from .core import MODES, never_trained, norm_layers
 from .fixed import fingerprint, named_tensors
@@ -59,6 +60,8 @@ def check_policies(
     "Policies by name; `ValueError` for one that is not known, or if there are none"
     if policies is None: policies = (FASTAI, *MODES)
     if isinstance(policies, str): policies = [policies]
+    if isinstance(policies, Policy) or isinstance(policies, Mapping) and policies and set(policies) <= set(Policy._fields):
+        raise ValueError(f"`policies` is one policy, {policies!r}: give it a name, as in `policies={{'mine': {policies!r}}}`.")
     if not isinstance(policies, Iterable):
         raise ValueError(f"`policies` is a list of names, or a dict of names to policies, not {policies!r}.")
     named = policies if isinstance(policies, Mapping) else {str(p): p for p in policies}
@@ -122,7 +125,10 @@ def as_seeds(
     least:int=1, # How many there have to be
 ) -> list[int]:
     "Seeds as a list; `ValueError` if they are too few, negative, or not all different"
-    try: found = list(range(seeds)) if isinstance(seeds, Integral) else [index(s) for s in seeds]
+    def as_int(s):
+        if isinstance(s, bool): raise TypeError
+        return index(s)
+    try: found = list(range(as_int(seeds))) if isinstance(seeds, Integral) else [as_int(s) for s in seeds]
     except TypeError: raise ValueError(f"`seeds` is how many, or which integers; not {seeds!r}.") from None
     if len(found) < least or not 0 <= min(found) <= max(found) < 2**32 or len(set(found)) < len(found):
         raise ValueError(f"`seeds` has to be {least} or more, or as many different integers from 0 to 2**32-1, not {seeds!r}.")
@@ -141,8 +147,9 @@ def new_learner(
     seed:int, # Of all random numbers
 ) -> Learner:
     "A Learner from `get_learner`, made with random numbers that `seed` decides; `ValueError` if it is none"
-    if not callable(get_learner) or isinstance(get_learner, Learner):
-        raise ValueError(f"`get_learner` has to be a function that makes a new Learner each time, not a {type(get_learner).__name__}.")
+    if not callable(get_learner) or isinstance(get_learner, (Learner, nn.Module)):
+        raise wrong('get_learner', get_learner, 'a function that makes a new Learner each time',
+                    'give one, such as `lambda: vision_learner(dls, resnet18)`')
     reseed(seed)
     learn = get_learner(seed=seed) if 'seed' in signature(get_learner).parameters else get_learner()
     if not isinstance(learn, Learner): raise ValueError(f"`get_learner` has to return a Learner, not {learn!r}.")
