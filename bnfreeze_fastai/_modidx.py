@@ -731,6 +731,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'bnfreeze_fastai.runs.check_epochs': ('runs.html#check_epochs', 'bnfreeze_fastai/runs.py'),
                                       'bnfreeze_fastai.runs.check_lr': ('runs.html#check_lr', 'bnfreeze_fastai/runs.py'),
                                       'bnfreeze_fastai.runs.check_policies': ('runs.html#check_policies', 'bnfreeze_fastai/runs.py'),
+                                      'bnfreeze_fastai.runs.is_function': ('runs.html#is_function', 'bnfreeze_fastai/runs.py'),
                                       'bnfreeze_fastai.runs.n_batches': ('runs.html#n_batches', 'bnfreeze_fastai/runs.py'),
                                       'bnfreeze_fastai.runs.new_learner': ('runs.html#new_learner', 'bnfreeze_fastai/runs.py'),
                                       'bnfreeze_fastai.runs.pretrained_layers': ('runs.html#pretrained_layers', 'bnfreeze_fastai/runs.py'),

@@ -16,6 +16,7 @@ from numbers import Number
 import torch
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 # %% ../nbs/01b_batches.ipynb #a3bc74bc
 def wrong(
@@ -37,6 +38,8 @@ def check_batches(
     wanted = 'a DataLoader, a list or another iterable of batches'
     if hasattr(batches, 'loaders'): raise wrong(name, batches, wanted, 'choose one of its loaders, such as `dls.train`')
     if isinstance(batches, Tensor): raise wrong(name, batches, wanted, 'give `[x]` for the single batch `x`')
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset) or hasattr(type(batches), 'dataloaders'):
+        raise wrong(name, batches, wanted, 'give a DataLoader of this dataset')
     if isinstance(batches, (nn.Module, Mapping, str, bytes)) or not (hasattr(batches, '__iter__') or hasattr(batches, '__getitem__')):
         raise wrong(name, batches, wanted)
 

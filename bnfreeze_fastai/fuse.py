@@ -117,6 +117,7 @@ def kept_bytes(
     *inputs:Any, # As the model takes them
 ) -> int: # Of storage, parameters aside
     "How much autograd keeps for the backward pass of `model(*inputs)`"
+    named_modules(model)
     sizes,own = {},{p.untyped_storage().data_ptr() for p in model.parameters()}
     def pack(t):
         sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()

@@ -200,6 +200,7 @@ def bn_shift(
 _METHODS = {'batch': ByBatch, 'sequential': OneByOne}
 
 def _observer(method:str, preserve:bool) -> type[Observer]:
+    if not isinstance(preserve, bool): raise wrong('preserve', preserve, 'True or False')
     if method not in list(_METHODS): raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(map(repr, _METHODS))}.")
     return Observer if preserve and method == 'sequential' else _METHODS[method] # the inputs of all layers will stay as they are
 

@@ -4,10 +4,11 @@ import matplotlib.pyplot as plt, pandas as pd, pytest, torch
 from conftest import *
 from fastai.learner import Learner
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from bnfreeze_fastai.cli import compare, demo
 from bnfreeze_fastai.compare import bn_compare
-from bnfreeze_fastai.fuse import fused_bn
+from bnfreeze_fastai.fuse import fused_bn, kept_bytes
 from bnfreeze_fastai.plots import plot_differences, plot_score_curves, plot_scores, plot_trials
 from bnfreeze_fastai.policy import Policy
 from bnfreeze_fastai.stats import bn_drift, bn_shift, moved, recalibrate_bn, snapshot
@@ -48,12 +49,16 @@ PLAIN = {
     'a Learner for batches': (lambda l: bn_shift(l.model, l), '`batches` .* not a Learner'),
     'one batch': (lambda l: recalibrate_bn(l.model, X[0]), r'`batches` .* not a Tensor: give `\[x\]`'),
     'a dict': (lambda l: bn_shift(l.model, dict(x=X[0])), '`batches` .* not a dict'),
+    'a dataset': (lambda l: bn_shift(l.model, TensorDataset(X[0])), '`batches` .* not a TensorDataset: give a DataLoader'),
+    'a dataset of fastai': (lambda l: bn_shift(l.model, l.dls.train_ds), '`batches` .*: give a DataLoader of this dataset'),
     'a path': (lambda l: bn_shift(l.model, 'images'), "`batches` .* not 'images'"),
     'None': (lambda l: recalibrate_bn(l.model, None), '`batches` .* not None'),
     'names': (lambda l: recalibrate_bn(l.model, X, layers=['0.1']), r"`layers` has to be a glob .* not \['0.1'\]"),
     'a layer': (lambda l: recalibrate_bn(l.model, X, layers=l.model[0][1]), '`layers` has to be a glob .* not a BatchNorm2d'),
     'all layers': (lambda l: recalibrate_bn(l.model, X, layers=None), '`layers` has to be a glob .* not None'),
     'no method': (lambda l: recalibrate_bn(l.model, X, method=None), "None: choose one of 'batch', 'sequential'"),
+    'method for preserve': (lambda l: recalibrate_bn(l.model, X, preserve='sequential'), "`preserve` .* not 'sequential'"),
+    'a Learner, what is kept': (lambda l: kept_bytes(l, X[0]), 'Learner.*give its `.model`'),
     'half a batch': (lambda l: recalibrate_bn(l.model, X, n_batches=2.5), '`n_batches` is 2.5'),
     'true': (lambda l: bn_shift(l.model, X, n_batches=True), '`n_batches` is True'),
     'text': (lambda l: bn_shift(l.model, X, n_batches='2'), "`n_batches` is '2'"),
@@ -121,6 +126,16 @@ COMPARED = {
     'one policy': (dict(policies=Policy()), '`policies` is one policy'),
     'one policy as a dict': (dict(policies=dict(bn='frozen', bn_above='train')), '`policies` is one policy'),
     'a number': (dict(policies=3), '`policies` is a list'),
+    'a Learner as a policy': (dict(policies={'a': make_learner()}), 'Learner .* is no policy'),
+    'a callback as a policy': (dict(policies={'a': BatchNormFreeze()}), 'BatchNormFreeze.* is no policy'),
+    'a layer as a policy': (dict(policies={'a': nn.BatchNorm2d(3)}), 'BatchNorm2d.* is no policy'),
+    'numbers as a policy': (dict(policies={'a': torch.zeros(2)}), 'tensor.* is no policy'),
+    'a Learner as a fit': (dict(fit=make_learner()), "`fit` is one of .* not .*Learner"),
+    'a method of a Learner': (dict(fit=make_learner().fit), "`fit` is one of .* not .*Learner"),
+    'a class': (dict(get_learner=Learner), '`get_learner` is called with nothing, but: missing.*dls'),
+    'a function of data': (dict(get_learner=lambda dls: dls), '`get_learner` is called with nothing, but: missing.*dls.*lambda:'),
+    'a function of seed and data': (dict(get_learner=lambda dls, seed: dls), '`get_learner` is called with `seed`, but: missing'),
+    'a method of a Learner for one': (dict(get_learner=make_learner().fit), '`get_learner` has to be a function'),
     'none': (dict(policies=[]), 'no policy to run'),
     'unknown': (dict(policies='freeze'), "'freeze' is no policy"),
     'seeds': (dict(seeds=True), '`seeds` .* not True'),
