@@ -303,9 +303,9 @@ def _deepcopied(module:nn.Module, memo:dict) -> nn.Module:
     return copied
 
 # %% ../nbs/00_core.ipynb #7d7bf3b4
-def _follow(module, name, buffer):
+def _follow(module, name, buffer) -> None:
     if name != 'running_mean' or buffer is None or not isinstance(module, BN_TYPES): return
-    owner = next((l for l in list(_lasting_layers) if l is not module and l.running_mean is buffer), None)
+    owner = next((l for l in list(_lasting_layers) if l is not module and keeps_stats(l) and l.running_mean is buffer), None)
     if owner is not None: _set_lasting(module, next((h.mode for h in _holds_on(owner) if h.lasting), 'train'))
 
 register_module_buffer_registration_hook(_follow)

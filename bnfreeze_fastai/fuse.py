@@ -73,9 +73,10 @@ class Fusion:
         n_out = lambda m: m.out_features if isinstance(m, nn.Linear) else m.out_channels
         convs = {n: m for n,m in named_modules(model).items() if isinstance(m, (_ConvNd, nn.Linear)) and n_out(m) in sizes}
         for m in convs.values(): _forget_copied(m)
-        self.sites = {n: _Site(m, names) for n,m in convs.items() if 'forward' not in vars(m)}
+        self.sites,self.ran = {n: _Site(m, names) for n,m in convs.items() if 'forward' not in vars(m)},False
 
     def finish(self, model:nn.Module, args:tuple[Any, ...], output:Any) -> Any: # after a forward pass
+        self.ran = True
         for site in self.sites.values():
             for out in list(site.uses.outputs.values()): out.value()
         if any(isinstance(t, Deferred) for t in tree_iter(output)):
@@ -92,7 +93,8 @@ class Fusion:
 def refuse_fusion(
     model:nn.Module,
 ) -> None:
-    "Raise `ValueError` if `model` was compiled or is spread over devices by `DataParallel`"
+    "Raise `ValueError` if `model` is none, was compiled or is spread over devices by `DataParallel`"
+    named_modules(model)
     refuse_compiled(model, "so what it runs cannot be changed from outside: train it uncompiled, or without fusion.")
     if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in model.modules()):
         raise ValueError("`DataParallel` copies the model in each step, which cannot be fused: use `DistributedDataParallel`.")
@@ -115,6 +117,7 @@ def kept_bytes(
     *inputs:Any, # As the model takes them
 ) -> int: # Of storage, parameters aside
     "How much autograd keeps for the backward pass of `model(*inputs)`"
+    named_modules(model)
     sizes,own = {},{p.untyped_storage().data_ptr() for p in model.parameters()}
     def pack(t):
         sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()

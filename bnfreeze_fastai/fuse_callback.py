@@ -14,10 +14,11 @@ from contextlib import ExitStack
 
 import pandas as pd
 from fastai.learner import Callback, Learner
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .callback import active_callback, leave_a_copy, planned_modes
-from .core import MODES, bn_layers
-from .fuse import fused_bn
+from .core import MODES, keeps_stats, norm_layers
+from .fuse import Fusion, fused_bn
 
 # %% ../nbs/03c_fuse_callback.ipynb #d9d1d9b6
 class BatchNormFuse(Callback):
@@ -56,10 +57,20 @@ class BatchNormFuse(Callback):
         "Leave the model as it was, and note what was fused"
         self._block.close()
         if self._fusion is None: return
-        self.pairs,self._fusion = self._fusion.pairs,None
-        modes = [mode for stage in planned_modes(self.learn) for mode in stage.values()]
-        if all(l.training for l in bn_layers(self.learn.model)) and all(MODES[mode].updates_stats for mode in modes): warnings.warn(
-            "There was nothing to fuse: every batch norm layer was on the statistics of the batch. Set a mode that fixes them where the "
-            "network trains, as by `learn.freeze_to_bn(0, bn_above='affine-only')`.")
+        fusion,self._fusion = self._fusion,None
+        self.pairs = fusion.pairs
+        why = self._why_nothing(fusion) if self.pairs.empty else None
+        if why: warnings.warn(f"There was nothing to fuse: {why}.")
+
+    def _why_nothing(self, fusion:Fusion) -> str|None: # None if it may be otherwise once more of the network trains
+        layers = {n: l for n,l in norm_layers(self.learn.model).items() if isinstance(l, _BatchNorm) and keeps_stats(l)}
+        if not layers: return "the model has no batch norm layer of PyTorch's with running statistics"
+        modes = [mode for stage in planned_modes(self.learn) for n,mode in stage.items() if n in layers]
+        if all(l.training for l in layers.values()) and all(MODES[mode].updates_stats for mode in modes):
+            return ("every batch norm layer was on the statistics of the batch. Set a mode that fixes them where the network trains, as "
+                    "by `learn.freeze_to_bn(0, bn_above='affine-only')`")
+        if fusion.ran and all(site.conv.weight.requires_grad for site in fusion.sites.values()):
+            return ("no batch norm on fixed statistics could run as one with a convolution or linear layer before it. Batch norm that "
+                    "comes first, a hook between the two or a second use of the output, among others, rule it out")
 
     after_cancel_epoch = after_cancel_fit = after_train

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import fold, plots, stats
+from .batches import check_batches, wrong
 from .callback import BatchNormFreeze, active_callback, frozen_in_force, modes_in_force
 from .core import MODES, affine_params, keeps_stats, mode_name, norm_layers, stats_buffers, updates_stats
 from .drift import BatchNormDrift
@@ -168,8 +169,11 @@ class _AsInFit:
 def _batches(learn:Learner, ds_idx:int, dl:Iterable|None) -> dict:
     "The batches meant and how to take them, as arguments for `stats`; the model moves to the device of the data, as in a fit"
     n = len(getattr(learn.dls, 'loaders', []))
-    if dl is None:
-        if not isinstance(ds_idx, Integral) or not -n <= ds_idx < n:
+    if dl is not None: check_batches(dl, 'dl')
+    else:
+        if not isinstance(ds_idx, Integral) or isinstance(ds_idx, bool):
+            raise wrong('ds_idx', ds_idx, 'the number of a dataset of the Learner', 'give a loader as `dl=…`')
+        if not -n <= ds_idx < n:
             raise ValueError(f"`ds_idx` is {ds_idx!r}, but this Learner has {n} datasets: choose from {-n} to {n-1}, "
                              "or give a loader as `dl`.")
         dl = learn.dls[ds_idx]
@@ -201,7 +205,7 @@ def bn_shift(self:Learner,
     ds_idx:int=0, # Dataset of the Learner to take batches from
     dl:Iterable[Any]|None=None, # Loader to take them from instead
     n_batches:int|None=None, # Use so many; all if not given
-) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats); NaN for layers that no batch reaches
+) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats); NaN where it cannot be measured
     "How foreign data is to the network, layer by layer: how far its statistics are from those stored; changes nothing"
     return stats.bn_shift(self.model, n_batches=n_batches, **_batches(self, ds_idx, dl))
 
