@@ -562,6 +562,12 @@ class TestStatisticsThatCannotDoWhatTheModeSays:
             set_bn_mode(model, mode)
 
 
+def test_layers_can_be_made_while_a_group_norm_has_a_mode():
+    norm = nn.GroupNorm(2, 4)
+    set_bn_mode(norm, 'frozen')
+    assert bn_mode(nn.BatchNorm2d(3)) == 'train' and bn_mode(norm) == 'frozen'
+
+
 class Holder:
     def __init__(self, model):
         self.model = model
