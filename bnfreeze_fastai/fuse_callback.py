@@ -16,7 +16,7 @@ import pandas as pd
 from fastai.learner import Callback, Learner
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .callback import active_callback, leave_a_copy, planned_modes
+from .callback import active_callback, leave_a_copy, modes_in_force, planned_modes
 from .core import MODES, keeps_stats, norm_layers
 from .fuse import Fusion, fused_bn
 
@@ -69,7 +69,9 @@ class BatchNormFuse(Callback):
         if all(l.training for l in layers.values()) and all(MODES[mode].updates_stats for mode in modes):
             return ("every batch norm layer was on the statistics of the batch. Set a mode that fixes them where the network trains, as "
                     "by `learn.freeze_to_bn(0, bn_above='affine-only')`")
-        if fusion.ran and all(site.conv.weight.requires_grad for site in fusion.sites.values()):
+        now = modes_in_force(self.learn)
+        fixed = any(not l.training or not MODES[now[n]].updates_stats for n,l in layers.items())
+        if fixed and fusion.ran and all(site.conv.weight.requires_grad for site in fusion.sites.values()):
             return ("no batch norm on fixed statistics could run as one with a convolution or linear layer before it. Batch norm that "
                     "comes first, a hook between the two or a second use of the output, among others, rule it out")
 
