@@ -1,16 +1,27 @@
-# The commands of the project. `.venv` is made on first use; PYTHON picks the interpreter that it is made with.
+# The commands of the project. `.venv` is made on first use, with the versions in requirements-dev.txt; PYTHON picks the
+# interpreter that it is made with.
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= .
+OLDEST := $(shell sed -n 's/^min_python = //p' settings.ini)
 # mkdocs reads where pages and site are from the environment; the first variable silences advice to leave mkdocs
 MKDOCS := NO_MKDOCS_2_WARNING=1 DOCS_PAGES=$(abspath $(OUT))/_proc DOCS_SITE=$(abspath $(OUT))/_docs $(BIN)/mkdocs
 
-.PHONY: demo test versions soak sweep bench experiments notebooks readme docs pages site docs-serve dist chromium clean
+.PHONY: demo check test upgrade versions soak sweep bench experiments notebooks readme docs pages site docs-serve dist chromium clean
 
-.venv/installed: settings.ini setup.py pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev]'
+.venv/locked: requirements-dev.txt
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --requirement requirements-dev.txt
 	touch $@
+
+.venv/installed: .venv/locked settings.ini setup.py pyproject.toml
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# The newest versions that settings.ini admits, for all its Pythons; UV_CONSTRAINT may name a file with further bounds
+upgrade: .venv/installed
+	$(BIN)/uv pip compile --quiet --universal --python-version $(OLDEST) --extra dev --upgrade --no-header \
+	    --output-file requirements-dev.txt setup.py
 
 demo: .venv/installed
 	$(BIN)/bnfreeze demo

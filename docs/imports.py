@@ -4,7 +4,8 @@ import ast, re
 from textwrap import indent
 
 from fastcore.nbio import mk_cell
-from nbdev.config import get_config
+
+from docs.notebooks import LIB
 
 FOLD = '??? quote "What the examples import"'
 
@@ -37,7 +38,7 @@ def example_imports(nb, module):
             lines.append(ast.unparse(node))
         elif used & {*bound_names(node)}:
             node.names = [alias for alias, name in zip(node.names, bound_names(node)) if name in used]
-            lines.append(re.sub(r'^from \.', f'from {get_config().lib_name}.', ast.unparse(node)))
+            lines.append(re.sub(r'^from \.', f'from {LIB}.', ast.unparse(node)))
     lines.append(f'from {module.__name__} import {", ".join(sorted(own))}' if own else f'import {module.__name__}')
     return '\n'.join(dict.fromkeys(lines))
 

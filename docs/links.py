@@ -6,14 +6,14 @@ from os.path import relpath
 import bnfreeze_fastai.all
 from nbdev.doclinks import NbdevLookup
 
-from docs.notebooks import NBS, page_name
-
+from docs.notebooks import NBS, in_repository, page_name
 
 CODE_OR_HTML = re.compile(r'(^ {0,3}(?:```|~~~).*?^ {0,3}(?:```|~~~)$|^(?:    | *<).*?$)', flags=re.M | re.S)
 LINK_OR_NAME = re.compile(r'\[[^]]*\]\([^)]*\)|`(?P<name>[\w.]+)(?:\([^`]*\))?`')
 NOTEBOOK = re.compile(r'\]\((?P<path>[\w./]+\.ipynb)(?P<anchor>#[^)]*)?\)')
 
 
+@in_repository
 def reference_url(name, page):
     "Where a name of the package, a method of a Learner or a full name of another nbdev project is described, seen from a page"
     known = '.' in name or hasattr(bnfreeze_fastai.all, name)

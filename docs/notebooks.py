@@ -4,9 +4,13 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+from fastcore.xtras import working_directory
 from nbdev.config import get_config
 
-NBS = Path(__file__).resolve().parent.parent / 'nbs'
+REPOSITORY = Path(__file__).resolve().parent.parent
+NBS = REPOSITORY / 'nbs'
+LIB = get_config(REPOSITORY).lib_name
+in_repository = working_directory(REPOSITORY)  # around what asks nbdev, which reads its settings from the current folder
 
 
 def page_name(notebook):
@@ -17,4 +21,4 @@ def page_name(notebook):
 
 def module_of(notebook):
     "The module that nbdev exports a notebook to"
-    return import_module(f'{get_config().lib_name}.{page_name(notebook).stem}')
+    return import_module(f'{LIB}.{page_name(notebook).stem}')

@@ -8,7 +8,7 @@ from nbconvert import MarkdownExporter
 from nbdev.processors import FilterDefaults, FrontmatterProc, add_links, exec_show_docs, insert_warning
 
 from docs.imports import with_imports
-from docs.notebooks import module_of, page_name
+from docs.notebooks import in_repository, module_of, page_name
 from docs.reference import render_docs
 
 
@@ -33,6 +33,7 @@ def shown_output(output):
     return output
 
 
+@in_repository
 def page_cells(notebook):
     "The cells that have a place on a notebook's page, still with their directives"
     nb = read_nb(notebook)

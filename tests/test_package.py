@@ -91,3 +91,10 @@ def test_workflows_test_every_python_of_the_classifiers():
     assert [p.stem for p in WORKFLOWS] == ['docs', 'release', 'test']
     matrix = yaml.safe_load(WORKFLOWS[-1].read_text(encoding='utf-8'))['jobs']['test']['strategy']['matrix']['python']
     assert matrix == re.findall(r'Python :: (3\.\d+)', (ROOT / 'settings.ini').read_text(encoding='utf-8'))
+
+
+@pytest.mark.parametrize('path', WORKFLOWS, ids=lambda p: p.stem)
+def test_workflows_keep_downloads_as_long_as_the_lock(path):
+    jobs = yaml.safe_load(path.read_text(encoding='utf-8'))['jobs'].values()
+    setups = [step['with'] for job in jobs for step in job['steps'] if step.get('uses', '').startswith('actions/setup-python')]
+    assert setups and all(s['cache'] == 'pip' and s['cache-dependency-path'] == 'requirements-dev.txt' for s in setups)

@@ -1,14 +1,16 @@
 "What a page shows can be pasted into a script in an empty folder, and runs"
 
 import os, re, subprocess, sys
+from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from nbdev.doclinks import _build_lookup_table
 
 from docs.imports import FOLD
 from docs.links import site_links
-from docs.notebooks import NBS
-from docs.pages import page_cells
+from docs.notebooks import NBS, module_of
+from docs.pages import markdown, page_cells
 
 OF_THE_REPOSITORY = {'which_mode', 'put_to_the_test'}  # they show its tables, and say so
 PAGES = sorted(NBS.rglob('*.ipynb'))
@@ -28,6 +30,26 @@ def test_shown_code_runs_in_an_empty_folder(notebook, tmp_path):
     env = os.environ | {'MPLBACKEND': 'agg', 'OMP_NUM_THREADS': '1'}
     result = subprocess.run([sys.executable, tmp_path / 'page.py'], cwd=folder, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    'file,text',
+    [
+        ('pyproject.toml', '[project]\nname = "other"\n[tool.nbdev]\nskip_procs = "hide_"\nnbs_path = "notebooks"'),
+        ('settings.ini', '[DEFAULT]\nlib_name = other'),
+        ('none', ''),
+    ],
+)
+def test_pages_are_made_by_the_settings_of_the_repository_alone(tmp_path, monkeypatch, file, text):
+    notebook = NBS / '01a_moments.ipynb'
+    made = lambda: (site_links(markdown(notebook)[0], notebook), module_of(notebook).__name__)
+    monkeypatch.chdir(NBS)
+    expected = made()
+    (tmp_path / file).write_text(text)
+    (tmp_path / 'below').mkdir()
+    monkeypatch.chdir(tmp_path / 'below')
+    _build_lookup_table.cache_clear()
+    assert made() == expected and Path.cwd() == tmp_path / 'below'
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 "The repository agrees with itself: modules and README with the notebooks, the notebooks with the house"
 
-import importlib.util, json, re, shutil, subprocess, sys
+import importlib.util, json, platform, re, shutil, subprocess, sys
 from configparser import ConfigParser
-from importlib.metadata import metadata, version
+from importlib.metadata import distributions, metadata, requires, version
 from pathlib import Path
 
 import pandas as pd, pytest
 from conftest import ROOT, make
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 BIN = Path(sys.executable).parent
@@ -50,6 +52,12 @@ FLOORS = [
     'cli',
 ]  # each may import those before it
 
+CONFIG = ConfigParser(delimiters=['='])
+CONFIG.read(ROOT / 'settings.ini', encoding='utf-8')
+SETTINGS = CONFIG['DEFAULT']
+PYTHONS = re.findall(r'Python :: (3\.\d+)', SETTINGS['classifiers'])
+LOCK = [Requirement(line) for line in (ROOT / 'requirements-dev.txt').read_text(encoding='utf-8').splitlines() if line[0] not in '# ']
+
 
 def text(folder, *patterns):
     return {p: p.read_text(encoding='utf-8') for pattern in patterns for p in folder.glob(pattern)}
@@ -78,14 +86,44 @@ def test_readme_is_made_from_the_index(tmp_path):
 
 
 def test_metadata_comes_from_settings():
-    cfg = ConfigParser(delimiters=['='])
-    cfg.read(ROOT / 'settings.ini', encoding='utf-8')
-    cfg, dist = cfg['DEFAULT'], metadata('bnfreeze_fastai')
+    cfg, dist = SETTINGS, metadata('bnfreeze_fastai')
     import bnfreeze_fastai
 
     assert version('bnfreeze_fastai') == bnfreeze_fastai.__version__
     assert dist['Name'] == cfg['lib_name'] and dist['Summary'] == cfg['description'] and dist['Requires-Python'] == f">={cfg['min_python']}"
     assert f"## {bnfreeze_fastai.__version__}" in (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
+
+
+def test_users_get_the_bounds_and_not_the_lock():
+    needed = [r for r in map(Requirement, requires('bnfreeze_fastai')) if r.marker is None]
+    assert set(map(str, needed)) == {str(Requirement(bound)) for bound in SETTINGS['requirements'].split()}
+
+
+def locked(python):
+    "What the lock has for a Python: the one version of each package"
+    environment = dict(python_version=python.rpartition('.')[0], python_full_version=python)
+    here = [r for r in LOCK if r.marker is None or r.marker.evaluate(environment)]
+    names = [canonicalize_name(r.name) for r in here]
+    assert len(set(names)) == len(names) and all(re.fullmatch(r'==[^*,]+', str(r.specifier)) for r in here)
+    return {name: str(r.specifier)[2:] for name, r in zip(names, here)}
+
+
+@pytest.mark.parametrize('python', [f'{p}.{patch}' for p in PYTHONS for patch in (0, 99)])
+def test_lock_keeps_every_bound(python):
+    versions = locked(python)
+    for bound in map(Requirement, (SETTINGS['requirements'] + ' ' + SETTINGS['dev_requirements']).split()):
+        assert versions[canonicalize_name(bound.name)] in bound.specifier, f'{bound}: run make upgrade'
+
+
+def test_environment_is_the_locked_one():
+    versions = locked(platform.python_version())
+    found = {canonicalize_name(d.name): d.version for d in distributions()}
+    assert {name: found.get(name) for name in versions} == versions
+    assert found.keys() - versions.keys() <= {'pip', 'bnfreeze-fastai'}
+
+
+def test_lock_names_no_place():
+    assert not re.search(r'://|--|@', (ROOT / 'requirements-dev.txt').read_text(encoding='utf-8'))
 
 
 def test_modules_import_downwards_only():
@@ -117,16 +155,13 @@ def test_notebook_reads_like_a_page(path):
 
 
 def test_bounds_are_what_was_seen_to_pass():
-    cfg = ConfigParser(delimiters=['='])
-    cfg.read(ROOT / 'settings.ini', encoding='utf-8')
-    settings = cfg['DEFAULT']
-    bounds = dict(re.findall(r'(\S+?)>=([\d.]+)', settings['requirements']))
+    bounds = dict(re.findall(r'(\S+?)>=([\d.]+)', SETTINGS['requirements']))
     rows = pd.read_csv(ROOT / 'versions' / 'table.csv', dtype=str).to_dict('records')
     oldest = next(row for row in rows if row['versions'] == 'oldest')
     told = oldest.keys() & bounds.keys()
     assert len(told) > 5 and all(Version(oldest[name]) == Version(bounds[name]) for name in told)
     pythons = {row['python'].rpartition('.')[0] for row in rows}
-    assert pythons == set(re.findall(r'Python :: (3\.\d+)', settings['classifiers'])) and settings['min_python'] in pythons
+    assert pythons == set(PYTHONS) and SETTINGS['min_python'] in pythons
     assert f'fastai {bounds["fastai"]}' in (ROOT / 'README.md').read_text(encoding='utf-8')
     assert all(re.fullmatch(r'\d+ passed', row['result']) for row in rows)
 

@@ -26,6 +26,7 @@ EXTERNAL = {  # what is left unknown by fastai and pandas, which have no `py.typ
 
 def pyright(folder, *args):
     "What pyright says in JSON; run elsewhere, so that it finds the package where Python does and heeds its `py.typed`"
+    (folder / 'pyrightconfig.json').write_text('{}')  # it looks for settings in the folders above too
     env = {k: v for k, v in os.environ.items() if not k.startswith('PYRIGHT_PYTHON_')}
     env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), env.get('PYTHONPATH')]))
     env['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), env['PATH']])  # it asks `python` for the search path
