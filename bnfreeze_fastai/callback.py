@@ -10,8 +10,7 @@ fastai switches modes in several places. `freeze_to` sets `requires_grad`; `Trai
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['active_callback', 'BatchNormFreeze', 'leave_a_copy', 'as_groups', 'frozen_in_force', 'modes_in_force',
-           'planned_modes']
+__all__ = ['active_callback', 'BatchNormFreeze', 'as_groups', 'frozen_in_force', 'modes_in_force', 'planned_modes']
 
 # %% ../nbs/03_callback.ipynb #e7b03ba2
 import warnings
@@ -67,6 +66,7 @@ class BatchNormFreeze(Callback):
     run_valid = False
     bn_start:dict[str, dict[str, Tensor]] # a snapshot of the model when the policy was set
     schedule_log:dict[float, tuple[int, int]] # fraction of the last fit to the epoch and batch in which its change came
+    moving_buffers:list[str] # buffers of the frozen part that no mode governs, and that a fit has moved
     _learn,_stateattrs = None,('_fits', '_traced')
 
     def __init__(self,

@@ -12,9 +12,8 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['MODES', 'BN_TYPES', 'NORM_TYPES', 'NO_HOOKS', 'Mode', 'mode_name', 'check_mode', 'is_frozen_norm', 'keeps_stats',
            'updates_stats', 'affine_params', 'stats_buffers', 'named_modules', 'is_compiled', 'refuse_compiled',
-           'norm_layers', 'norm_params', 'bn_layers', 'check_glob', 'Temporary', 'clean_copies', 'held_stats',
-           'unheeded', 'told_in_eval', 'never_trained', 'warn_unkept', 'set_affine', 'set_bn_mode', 'bn_mode',
-           'hold_bn_mode', 'revert_sync_bn']
+           'norm_layers', 'norm_params', 'bn_layers', 'check_glob', 'held_stats', 'never_trained', 'warn_unkept',
+           'set_affine', 'set_bn_mode', 'bn_mode', 'hold_bn_mode', 'revert_sync_bn']
 
 # %% ../nbs/00_core.ipynb #07161936
 import threading, warnings
@@ -23,11 +22,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet, ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.module import register_module_buffer_registration_hook
@@ -244,12 +243,12 @@ def _refuse_reset(layer):
 
 def clean_copies(
     module:nn.Module,
-) -> dict[str, partial]: # Attributes to give `module` for as long as it has something `Temporary`
+) -> dict[str, partial[Any]]: # Attributes to give `module` for as long as it has something `Temporary`
     "Let copies and pickles of `module` leave out what is `Temporary`"
     own = {'__reduce_ex__': partial(_reduced, module)}
     return own | {'__deepcopy__': partial(_deepcopied, module)} if hasattr(type(module), '__deepcopy__') else own
 
-def _overrides(layer:nn.Module, holds:list[_Hold]) -> dict[str, partial]:
+def _overrides(layer:nn.Module, holds:list[_Hold]) -> dict[str, partial[Any]]:
     "What `layer` does in its own way while `holds` are on it"
     if not holds: return {}
     guards = holds[-1].guards and keeps_stats(layer) and not is_lazy(layer.running_mean)
@@ -402,7 +401,7 @@ def _as_layers(model_or_layers) -> dict[str, nn.Module]:
 
 # %% ../nbs/00_core.ipynb #20f560c9
 def set_bn_mode(
-    model_or_layers:nn.Module|Iterable[nn.Module]|Mapping[str, nn.Module], # A model (all its norm layers are set), or layers; anything else raises `ValueError`
+    model_or_layers:nn.Module|Iterable[nn.Module]|Mapping[str, nn.Module], # A model, all of it, or layers; `ValueError` for others
     mode:str, # One of `MODES`; anything else raises `ValueError`
 ) -> None:
     "Set the mode of norm layers until it is set anew: it stays through `.train()` and `.eval()`, and copies have it too"
@@ -452,7 +451,7 @@ def hold_bn_mode(
             p.requires_grad = requires_grad
             if not MODES[mode].trains_affine: p.grad = grad
 
-def _warn_unheeded(layers:Mapping[str, nn.Module], holds:Mapping[nn.Module, _Hold], stats:Mapping[torch.Tensor, torch.Tensor]):
+def _warn_unheeded(layers:Mapping[str, nn.Module], holds:Mapping[nn.Module, _Hold], stats:Mapping[Tensor, Tensor]):
     "Warn of `layers` whose statistics did not do what their holds say, given what they were"
     in_eval,unseen = ([n for n,l in layers.items() if l in odd] for odd in unheeded(holds))
     moved = [n for n in unseen if any(b in stats and not torch.equal(b, stats[b]) for b in stats_buffers(layers[n]).values())]

@@ -21,13 +21,15 @@ from .core import MODES, keeps_stats, norm_layers
 from .fuse import Fusion, fused_bn
 
 # %% ../nbs/03c_fuse_callback.ipynb #d9d1d9b6
+def _no_pairs() -> pd.DataFrame: return pd.DataFrame(columns=['convolution', 'batch_norm'])
+
 class BatchNormFuse(Callback):
     "In every training epoch, run each convolution and the batch norm on fixed statistics after it as one"
     _learn,_stateattrs = None,('_block', '_fusion')
 
     def __init__(self):
         self._init_state()
-        self.pairs = pd.DataFrame(columns=['convolution', 'batch_norm']) # of the last epoch, or of the last stage of a schedule in it
+        self.pairs = _no_pairs() # of the last epoch, or of the last stage of a schedule in it
 
     def _init_state(self): self._block,self._fusion = ExitStack(),None
 
@@ -36,7 +38,7 @@ class BatchNormFuse(Callback):
     @learn.setter
     def learn(self, learn:Learner|None) -> None:
         self._block.close()
-        if self._learn is not None and leave_a_copy(self, learn): self.pairs = self.pairs.iloc[:0]
+        if self._learn is not None and leave_a_copy(self, learn): self.pairs = _no_pairs()
         self._learn = learn
 
     def before_train(self) -> None: self._start()

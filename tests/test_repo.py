@@ -30,6 +30,8 @@ FLOORS = [
     'deferred',
     'fuse',
     'finite',
+    'point',
+    'guard',
     'callback',
     'loaders',
     'frozen_part',
