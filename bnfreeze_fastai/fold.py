@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .core import is_frozen_norm, keeps_stats
-from .cut import Call, Cut, Features, resumable, watch
-from .frozen_part import WatchFrozen, device_of, find_frozen_part, one_input, ready, relative_error, unchanging
+from .cut import Call, Cut, Features, relative_error, resumable, watch
+from .frozen_part import WatchFrozen, device_of, find_frozen_part, one_input, ready, unchanging
 from .loaders import as_in_fit
 from .restore import evaluating, kept_rng
 

@@ -30,6 +30,7 @@ FLOORS = [
     'finite',
     'callback',
     'loaders',
+    'samples',
     'frozen_part',
     'fuse_callback',
     'precompute',
