@@ -244,9 +244,9 @@ def _buffers(model:nn.Module, cut:Cut) -> dict[str, bytes]:
     return {k: fingerprint(b) for n,m in named_modules(model).items() if m in inside for k,b in own(n, m)}
 
 def _refuse_differing(features:Tensor, again:Tensor, written:list[str]):
-    if written: raise ValueError(f"A layer of the frozen part other than batch norm writes to a buffer in training, as a counter, an "
-                                 f"observer or spectral norm does: {', '.join(written)}. Freeze to a point before it, take it off, or train "
-                                 "without this.")
+    if written:
+        raise ValueError("A layer of the frozen part other than batch norm writes to a buffer in training, as a counter, an observer or "
+                         f"spectral norm does: {', '.join(written)}. Freeze to a point before it, take it off, or train without this.")
     off = relative_error(again.float(), features.float())
     if not off > (1e-3 if features.dtype == torch.float32 else 2e-2): return # more than rounding differs between kernels and batch sizes
     raise ValueError(f"What the frozen part gives for a sample differs by {off:.2g} of its size from one run to the next: a layer in it "

@@ -165,7 +165,8 @@ def _mark(data) -> list:
     if isinstance(data, Tensor):
         version = 0 if data.is_inference() else data._version
         return [version, data.shape, fingerprint(data) if data.device.type == 'cpu' and data.nbytes <= _HASHED else None]
-    if not isinstance(data, np.ndarray): return [*map(id, data), *(t._version for t in leaves(data) if isinstance(t, Tensor) and not t.is_inference())]
+    if not isinstance(data, np.ndarray):
+        return [*map(id, data), *(t._version for t in leaves(data) if isinstance(t, Tensor) and not t.is_inference())]
     if data.dtype == object: return [*map(id, data.flat)]
     return [data.shape, xxh3_128_digest(data.tobytes()) if data.nbytes <= _HASHED else None]
 

@@ -117,11 +117,19 @@ def _fill(learn:Learner, cut:Cut, data:list[_Data], spots:dict[str, Spots], left
 
 # %% ../nbs/04_precompute.ipynb #74acf7b7
 class FeatureBatches(GetAttr):
-    "The batches of `dl`, with stored features in place of inputs; all else is `dl`'s"
+    "The batches of `dl`, with stored features in place of inputs unless its transforms were changed; all else is `dl`'s"
     _default = 'dl'
-    def __init__(self, dl, store:Store, k:int, serve): self.dl,self.store,self.k,self.serve = dl,store,k,serve
+    def __init__(self, dl, store:Store, k:int, serve): self.dl,self.store,self.k,self.serve,self.made_of = dl,store,k,serve,source(dl)
     def __len__(self): return len(self.dl)
-    def __iter__(self): return (self.serve(self.store.get(self.k, rows)) for rows in index_batches(self.dl))
+
+    def __iter__(self):
+        if not self._unchanged(): return (yield from self.dl)
+        for rows in index_batches(self.dl):
+            if not self._unchanged(): raise RuntimeError("A callback changed the transforms of the loader amid an epoch, which stored "
+                                                         "batches cannot follow: change them in `before_epoch`.")
+            yield self.serve(self.store.get(self.k, rows))
+
+    def _unchanged(self) -> bool: return same_source(self.made_of, source(self.dl))
 
 # %% ../nbs/04_precompute.ipynb #864cce39
 def _refuse_stale(origin:Origin):

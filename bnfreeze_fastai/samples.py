@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
 from numbers import Number
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 
 import numpy as np, torch
 from fastai.data.load import DataLoader
@@ -58,7 +58,8 @@ def _inside(o) -> list:
     if isinstance(o, partial): return [o.func, *o.args, *o.keywords.values()]
     if isinstance(o, MethodType): return [o.__self__, o.__func__]
     if isinstance(o, FunctionType):
-        return [c.cell_contents for c in o.__closure__ or () if c != type(c)()] + [*(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]
+        filled = [c.cell_contents for c in o.__closure__ or () if c != CellType()]
+        return filled + [*(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]
     if isinstance(o, (Tensor, np.ndarray, str, bytes, type)) or not hasattr(o, '__dict__'): return []
     own = [m.implementation for m in o.encodes.methods] if isinstance(o, Transform) else []
     if callable(o): return own + [*vars(o).values(), *(o.children() if isinstance(o, nn.Module) else ())]
@@ -113,7 +114,7 @@ def same_samples(
     if a.shape != b.shape or a.dtype != b.dtype: return False
     return torch.allclose(a, b, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)
 
-def _rows(batch, rows:slice): return apply(lambda t: t[rows] if isinstance(t, Tensor) and t.ndim else t, batch)
+def _rows(batch, rows:slice|Tensor): return apply(lambda t: t[rows] if isinstance(t, Tensor) and t.ndim else t, batch)
 
 # %% ../nbs/03d_samples.ipynb #72f606b7
 def _of_dataset(dl) -> str:
@@ -191,7 +192,8 @@ class _Unmixed:
         if len(items) == 1: return batch
         alone = [self.f(shallow([o])) for o in items]
         same = all(same_samples(one, _rows(batch, slice(i, i+1))) for i,one in enumerate(alone))
-        if not same or not same_samples(apply(lambda t: t.flip(0), batch), self.f(shallow(items[::-1]))): _refuse_mixing(self.names, self.loader)
+        same = same and same_samples(_rows(batch, torch.arange(len(items)).flip(0)), self.f(shallow(items[::-1])))
+        if not same: _refuse_mixing(self.names, self.loader)
         return batch
 
 # %% ../nbs/03d_samples.ipynb #71d69504
@@ -210,7 +212,8 @@ def _watch_fastai(dl:DataLoader, loader:str, draws:bool):
         if not split_of(dl) and any(map(_crops, fs['after_item'])):
             dl.after_item.split_idx = split_of(dl) # fastai sets it at the start of an epoch, if it finds a pipeline
             dl.after_item = _SameTwice(dl.after_item, loader)
-        if not any(isinstance(t, RandTransform) for t in fs['dataset']): dl.create_item = _Undrawn(dl.create_item, [_of_dataset(dl)], loader)
+        if not any(isinstance(t, RandTransform) for t in fs['dataset']):
+            dl.create_item = _Undrawn(dl.create_item, [_of_dataset(dl)], loader)
         if not rand: dl.do_item = _Undrawn(dl.do_item, [_name(t) for t in fs['after_item']] or [_of_dataset(dl)], loader)
     if _has_own_batches(dl):
         dl.do_batch = _Unmixed(dl.do_batch, _batch_makers(dl), loader)
