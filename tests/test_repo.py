@@ -34,6 +34,7 @@ FLOORS = [
     'guard',
     'callback',
     'loaders',
+    'samples',
     'frozen_part',
     'fuse_callback',
     'precompute',
