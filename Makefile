@@ -4,6 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= .
 OLDEST := $(shell sed -n 's/^min_python = //p' settings.ini)
+# Two workers with a thread each; tests that share what is set up are in a group, which goes to one worker
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup
+CHECK := repo types core policy callback learner
 # mkdocs reads where pages and site are from the environment; the first variable silences advice to leave mkdocs
 MKDOCS := NO_MKDOCS_2_WARNING=1 DOCS_PAGES=$(abspath $(OUT))/_proc DOCS_SITE=$(abspath $(OUT))/_docs $(BIN)/mkdocs
 
@@ -26,14 +29,17 @@ upgrade: .venv/installed
 demo: .venv/installed
 	$(BIN)/bnfreeze demo
 
+# Quick, for every save: style, types, notebooks that are exported and clean, the tests of core, policy, callback and Learner
+check: .venv/installed
+	$(PYTEST) $(CHECK:%=tests/test_%.py)
+
 test: .venv/installed chromium
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup tests
+	$(PYTEST) tests
 
 # For the tests of the site: root gets Debian's Chromium; for others, those tests are skipped until there is one
 chromium:
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || [ $$(id -u) != 0 ] || \
-	    (apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium fonts-dejavu-core) || \
+	    (apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core) || \
 	    echo 'No Chromium: the tests of the site will be skipped'
 
 # The quick tests on the oldest and newest versions, on each Python of PATH; every environment is several GB for its time

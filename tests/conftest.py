@@ -3,7 +3,7 @@
 import re, subprocess, sys
 from pathlib import Path
 
-import pytest, torch
+import pytest, torch, warm
 from fastai.callback.core import Callback
 from learners import *
 
@@ -33,18 +33,9 @@ def make(target, out, folder=ROOT, succeeds=True):
     return said
 
 
-LOADS = """
-import sys, torch
-sys.modules['bnfreeze_fastai'] = None  # an import of it fails, as where it is not installed
-sys.path.append(sys.argv[1])
-torch.load(sys.argv[2], weights_only=False)  # as in `load_learner`, which hides what went wrong
-"""
-
-
 def loads_without_this_package(path):
     "Whether an exported Learner can be loaded by a process that has fastai and not this package"
-    command = [sys.executable, '-W', 'ignore', '-c', LOADS, ROOT / 'tests', path]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = warm.run(ROOT / 'tests' / 'load_script.py', path)
     assert result.returncode == 0 or re.search('ModuleNotFoundError: .*bnfreeze_fastai', result.stderr), result.stderr
     return result.returncode == 0
 

@@ -1,10 +1,10 @@
 "Comparisons of full runs: the same weights and batches for all, nothing lost, nothing mixed up"
 
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, signal, time
 from functools import partial
 from pathlib import Path
 
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch, warm
 from conftest import make_dls, make_learner
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
@@ -262,25 +262,14 @@ def test_bad_input_is_refused_before_anything_runs(kwargs, word):
     assert not os.listdir()
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_compare import bn_compare, get_learner, slow
-bn_compare(get_learner, {'train': slow, 'frozen': 'frozen', 'affine-only': 'affine-only'}, 2, 3, 'fit', n_jobs=int(sys.argv[2]),
-           results='runs.csv')
-print('done')
-"""
-
-
 def slow(learn):
     time.sleep(0.2)
     learn.freeze_to_bn(-1, bn='train')
 
 
 def start(n_jobs):
-    # a session of its own, so that a signal reaches joblib's processes too, as Ctrl-C in a terminal does
-    args = [sys.executable, '-c', SCRIPT, str(Path(__file__).parent), str(n_jobs)]
-    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    "The comparison in a session of its own, so that a signal reaches joblib's processes too, as Ctrl-C in a terminal does"
+    return warm.Script(Path(__file__).parent / 'compare_script.py', n_jobs)
 
 
 def wait_for(n_runs, process):

@@ -57,23 +57,29 @@ def test_metadata_is_complete(dist):
         assert re.search(f'^{field}', text, flags=re.M), field
 
 
-def test_it_comes_from_the_environment(installed, tmp_path):
-    where = printed([installed / 'python', '-c', 'import bnfreeze_fastai.all as m; print(m.__file__)'], tmp_path)
-    assert where.startswith(str(installed.parent))
-
-
-def test_the_ten_lines_of_the_readme(installed, tmp_path):
+@pytest.fixture(scope='module')
+def said(installed, tmp_path_factory):
+    "What a script prints there: what the core alone has loaded, what the ten lines of the README say, and where the package is"
     lines = re.search(r'## Ten lines.*?```python\n(.*?)```', (ROOT / 'README.md').read_text(encoding='utf-8'), flags=re.S)[1]
-    assert re.search(r'0\s+frozen\s+0\.0+\s+0\.0+\n', printed([installed / 'python', '-W', 'ignore', '-c', lines], tmp_path))
+    loaded = "[m for m in sys.modules if m.split('.')[0] in ('fastai', 'fastcore', 'pandas')]"
+    script = f'import sys, bnfreeze_fastai.core\nprint({loaded})\n{lines}\nimport bnfreeze_fastai.all as m\nprint(m.__file__)'
+    return printed([installed / 'python', '-W', 'ignore', '-c', script], tmp_path_factory.mktemp('empty'))
+
+
+def test_it_comes_from_the_environment(said, installed):
+    assert said.splitlines()[-1].startswith(str(installed.parent))
+
+
+def test_the_ten_lines_of_the_readme(said):
+    assert re.search(r'0\s+frozen\s+0\.0+\s+0\.0+\n', said)
+
+
+def test_core_costs_no_fastai(said):
+    assert said.startswith('[]\n')
 
 
 def test_the_demo(installed, tmp_path):
-    assert 'affine-only' in printed([installed / 'bnfreeze', 'demo', '--seeds', '1'], tmp_path)
-
-
-def test_core_costs_no_fastai(installed, tmp_path):
-    code = "import bnfreeze_fastai.core, sys; print([m for m in sys.modules if m.split('.')[0] in ('fastai', 'fastcore', 'pandas')])"
-    assert printed([installed / 'python', '-c', code], tmp_path) == '[]\n'
+    assert 'affine-only' in printed([installed / 'bnfreeze', 'demo', '--seeds', '1', '--images', '32', '--epochs', '1'], tmp_path)
 
 
 WORKFLOWS = sorted((ROOT / '.github' / 'workflows').glob('*.yml'))

@@ -1,10 +1,10 @@
 "What a page shows can be pasted into a script in an empty folder, and runs"
 
-import os, re, subprocess, sys
+import re
 from pathlib import Path
 from textwrap import dedent
 
-import pytest
+import pytest, warm
 from nbdev.doclinks import _build_lookup_table
 
 from docs.imports import FOLD
@@ -27,8 +27,7 @@ def shown_code(notebook):
 def test_shown_code_runs_in_an_empty_folder(notebook, tmp_path):
     (tmp_path / 'page.py').write_text(shown_code(notebook), encoding='utf-8')
     folder = notebook.parent if notebook.stem in OF_THE_REPOSITORY else tmp_path
-    env = os.environ | {'MPLBACKEND': 'agg', 'OMP_NUM_THREADS': '1'}
-    result = subprocess.run([sys.executable, tmp_path / 'page.py'], cwd=folder, env=env, capture_output=True, text=True)
+    result = warm.run(tmp_path / 'page.py', folder=folder)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
