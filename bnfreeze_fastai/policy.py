@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .core import check_glob, check_mode, is_frozen_norm, named_modules, norm_layers, norm_params
+from .core import MODES, check_glob, check_mode, is_frozen_norm, named_modules, norm_layers, norm_params
 
 # %% ../nbs/01_policy.ipynb #1c194d87
 ModeSpec = str|Mapping[str, str] # a mode, or globs over layer names to modes
@@ -47,7 +47,8 @@ def check_policy(
     names = None if model is None else list(norm_layers(model))
     for side,rule in policy._asdict().items():
         if not isinstance(rule, (str, Mapping)):
-            raise ValueError(f"`{side}` takes a mode or a dict of globs to modes, not {rule!r}.")
+            raise ValueError(f"`{side}` takes a mode or a dict of globs to modes, not {rule!r:.60}. The modes are "
+                             f"{', '.join(map(repr, MODES))}.")
         for mode in [rule] if isinstance(rule, str) else rule.values(): check_mode(mode)
         if names is not None and isinstance(rule, Mapping):
             for glob in rule: check_glob(glob, names)
