@@ -23,7 +23,7 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 DOCS_PAGES=$(abspath $(OUT))/_proc DOCS_SITE=$(a
 
 # The newest versions that settings.ini admits, for all its Pythons; UV_CONSTRAINT may name a file with further bounds
 upgrade: .venv/installed
-	$(BIN)/uv pip compile --quiet --universal --python-version $(OLDEST) --extra dev --upgrade --no-header \
+	$(BIN)/uv pip compile --quiet --universal --python-version $(OLDEST) --extra dev --upgrade --no-header --no-annotate \
 	    --output-file requirements-dev.txt setup.py
 
 demo: .venv/installed

@@ -6,15 +6,42 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['model_inputs', 'check_device', 'with_progress']
+__all__ = ['wrong', 'check_batches', 'model_inputs', 'check_device', 'with_progress']
 
 # %% ../nbs/01b_batches.ipynb #aa1afc49
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
+from numbers import Number
 
 import torch
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+# %% ../nbs/01b_batches.ipynb #a3bc74bc
+def wrong(
+    name:str, # Of an argument
+    value, # That was given for it
+    wanted:str, # What it takes, in words
+    fix:str='', # What to do instead
+) -> ValueError:
+    "The error for an argument of the wrong kind"
+    given = f'{value!r:.60}' if isinstance(value, (str, bytes, bool, Number, type(None), list, tuple)) else f'a {type(value).__name__}'
+    return ValueError(f"`{name}` has to be {wanted}, not {given}{fix and ': ' + fix}.")
+
+# %% ../nbs/01b_batches.ipynb #76301800
+def check_batches(
+    batches, # Anything
+    name:str='batches', # Of the argument
+) -> None:
+    "Raise `ValueError` for what cannot be a loader, or several; what it yields shows later"
+    wanted = 'a DataLoader, a list or another iterable of batches'
+    if hasattr(batches, 'loaders'): raise wrong(name, batches, wanted, 'choose one of its loaders, such as `dls.train`')
+    if isinstance(batches, Tensor): raise wrong(name, batches, wanted, 'give `[x]` for the single batch `x`')
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset) or hasattr(type(batches), 'dataloaders'):
+        raise wrong(name, batches, wanted, 'give a DataLoader of this dataset')
+    if isinstance(batches, (nn.Module, Mapping, str, bytes)) or not (hasattr(batches, '__iter__') or hasattr(batches, '__getitem__')):
+        raise wrong(name, batches, wanted)
 
 # %% ../nbs/01b_batches.ipynb #c45c1ebc
 def model_inputs(

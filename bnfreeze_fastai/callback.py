@@ -14,8 +14,9 @@ __all__ = ['active_callback', 'BatchNormFreeze', 'as_groups', 'frozen_in_force',
 
 # %% ../nbs/03_callback.ipynb #e7b03ba2
 import warnings
+from collections import Counter
 from collections.abc import Set
-from contextlib import ExitStack
+from copy import copy
 from typing import Any
 
 import torch
@@ -25,12 +26,12 @@ from fastai.learner import Callback, Learner
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from .core import (MODES, affine_params, bn_mode, forget_copied_holds, held_stats, is_compiled, is_frozen_norm,
-                                  norm_layers, norm_params, set_affine, stats_buffers, warn_fixed_stats)
-from .fixed import all_ranks, drop_grads, fingerprint, level_slow_weights, named_tensors
-from .policy import ModeSpec, Policy, Schedule, check_policy, check_schedule, frozen_groups, layer_modes, stages
+from .core import MODES, affine_params, bn_mode, is_compiled, norm_layers, norm_params, set_affine, warn_unkept
+from .fixed import drop_grads, fingerprint, level_slow_weights, named_tensors
+from .guard import Guard, look_moving, other_buffers
+from .point import Frozen, FreezePoint, thawed_by_hand, unknown_to_optimizer
+from .policy import ModeSpec, Policy, Schedule, Stages, check_policy, check_schedule, frozen_groups, layer_modes, stages
 from .ranks import is_distributed
 from .stats import snapshot
 
@@ -42,14 +43,31 @@ def active_callback(
     return next((cb for cb in reversed(learn.cbs) if isinstance(cb, BatchNormFreeze)), None)
 
 # %% ../nbs/03_callback.ipynb #1e775165
+class _Fit:
+    "A fit of a Learner, from `before_fit` on; only its first training epoch tells that it is one"
+    def __init__(self, stages:Stages, found:dict[nn.Parameter, tuple]):
+        self.stages,self.found = stages,found # `found`: what to put back if it was no fit
+        self.trains,self.pending,self.compared,self.cancelled = False,False,True,False
+        self.epoch,self.batch,self.n_batches = 0,0,1
+        self.guard,self.frozen,self.others = None,None,None
+        self.counts,self.told = Counter(),set()
+        self.anew = False # whether a policy was set since modes were put onto the tensors
+
+    def guard_by(self, guard:Guard|None):
+        "Release the guard that there is, for `guard`"
+        if self.guard is not None and self.guard is not guard:
+            self.guard.release()
+            self.counts.update(spoilt=self.guard.finite.spoilt, batches=self.guard.finite.batches)
+        self.guard = guard
+
 class BatchNormFreeze(Callback):
     "Keep the batch norm modes of a policy in every fit of a Learner, relative to its freeze point"
     order = TrainEvalCallback.order+1 # just after the switch to train mode, before anything that wraps the model or swaps its weights
     run_valid = False
     bn_start:dict[str, dict[str, Tensor]] # a snapshot of the model when the policy was set
     schedule_log:dict[float, tuple[int, int]] # fraction of the last fit to the epoch and batch in which its change came
-    _learn,_stateattrs = None,('_held', '_frozen_at', '_fixed', '_prints', '_opt', '_idx', '_pending', '_traced', '_stages', '_stage',
-                               '_epoch', '_batch', '_n_batches')
+    moving_buffers:list[str] # buffers of the frozen part that no mode governs, and that a fit has moved
+    _learn,_stateattrs = None,('_fits', '_traced')
 
     def __init__(self,
         bn:ModeSpec='frozen', # Mode of norm layers in frozen groups, or a dict of globs over layer names to modes
@@ -58,14 +76,11 @@ class BatchNormFreeze(Callback):
         schedule:Schedule|None=None, # Fraction of a fit to what changes from there on, such as `{0.7: dict(bn_above='affine-only')}`
     ):
         self._init_state()
-        self._n,self._groups,self._fixed_params,self._found,self._warned = 0,[],[],{},set()
+        self._point,self._groups,self._found,self._warned,self.moving_buffers = FreezePoint(),[],{},set(),[]
         self.bn_policy,self.bn_start,self.verify = check_policy(Policy(bn, bn_above)),{},verify
-        self.schedule,self.schedule_log = check_schedule(schedule),{}
+        self.schedule,self.schedule_log,self._applied = check_schedule(schedule),{},False
 
-    def _init_state(self):
-        self._held,self._frozen_at,self._fixed,self._prints,self._pending = ExitStack(),None,None,{},False
-        self._opt,self._idx,self._traced = None,0,frozenset()
-        self._stages,self._stage,self._epoch,self._batch,self._n_batches = [],0,0,0,1
+    def _init_state(self): self._fits,self._traced = [],frozenset()
 
     @property
     def learn(self) -> Learner|None: return self._learn
@@ -74,9 +89,22 @@ class BatchNormFreeze(Callback):
         if learn is not None:
             check_policy(self.bn_policy, learn.model)
             check_schedule(self.schedule, learn.model)
-        if self._learn is not None: self._detach()
+        if self._learn is not None and self._learn is not learn: self._stay_behind() if leave_a_copy(self, learn) else self._detach()
         self._learn = learn
         if learn is not None: self._attach()
+
+# %% ../nbs/03_callback.ipynb #f225f14d
+def leave_a_copy(
+    cb:Callback,
+    learn:Learner|None, # The Learner that `cb` is given to; `None` if it is removed
+) -> Callback|None: # The copy
+    "Leave a copy of `cb` in its place in the Learner that it has been in, if that still has it and `learn` is another one"
+    old = cb.learn
+    if learn is None or learn is old or not any(c is cb for c in old.cbs): return None
+    left = copy(cb)
+    old.cbs[next(i for i,c in enumerate(old.cbs) if c is cb)] = left
+    if getattr(old, cb.name, None) is cb: setattr(old, cb.name, left)
+    return left
 
 # %% ../nbs/03_callback.ipynb #7e31d4ee
 def as_groups(split:list[Any]) -> list[list[nn.Parameter]]:
@@ -90,8 +118,9 @@ def split(self:BatchNormFreeze,
     model:nn.Module,
 ) -> list[Any]: # What the Learner's own splitter returns
     "The Learner's own splitter, shown as trainable what the freeze point or the policy froze"
-    by_freeze_point = [p for group,frozen in zip(self._groups, frozen_groups(model, self._groups, 0)) if frozen for p in group]
-    fixed = [p for p in dict.fromkeys([*self._fixed_params, *by_freeze_point]) if not p.requires_grad]
+    is_frozen = frozen_groups(model, self._groups, 0) if self.learn.opt is None else self.frozen()
+    by_freeze_point = [p for group,frozen in zip(self._groups, is_frozen) if frozen for p in group]
+    fixed = [p for p in dict.fromkeys([*self._point.fixed, *by_freeze_point]) if not p.requires_grad]
     try:
         for p in fixed: p.requires_grad = True
         res = self._splitter(model)
@@ -104,69 +133,88 @@ def split(self:BatchNormFreeze,
 # %% ../nbs/03_callback.ipynb #3c85ee56
 def _hand_over(old:BatchNormFreeze, new:BatchNormFreeze):
     "Let `new` know what `old` knows of their Learner"
-    for k in ('_opt', '_idx', '_n', '_groups', '_found'): setattr(new, k, getattr(old, k))
-    new._fixed_params = []
+    new._point,new._groups,new._found = copy(old._point),old._groups,old._found
+    new._point.opt,new._point.idx,new._point.fixed = old._point.opt,old._point.idx,[]
 
 # %% ../nbs/03_callback.ipynb #b2f47abe
 @patch
 def _attach(self:BatchNormFreeze):
     learn,previous = self.learn,active_callback(self.learn)
     self._init_state()
-    self.bn_start,self._warned = snapshot(learn.model),set()
+    self.bn_start,self._warned,self.moving_buffers = snapshot(learn.model),set(),[]
     if previous is not None:
         _hand_over(previous, self)
         self._splitter = previous._splitter
     else:
-        self._opt,self._splitter,self._fixed_params = learn.opt,learn.splitter,[]
-        self._idx = self._n = 0 if learn.opt is None else learn.opt.frozen_idx
+        self._point,self._splitter = FreezePoint(learn.opt),learn.splitter
         self._groups = [] if learn.opt is None else [list(group) for group in learn.opt.param_lists]
         self._found = {p: p.requires_grad for p in norm_params(learn.model)}
     learn.splitter = self.split
+
+@patch
+def _stay_behind(self:BatchNormFreeze):
+    "Forget the Learner that keeps a copy of this callback, which has all of its state"
+    left,old = active_callback(self.learn),self.learn
+    if old.splitter == self.split: old.splitter = left.split
+    self._init_state()
+    self._point,self._groups,self._found,self.schedule_log = FreezePoint(),[],{},{}
 
 # %% ../nbs/03_callback.ipynb #59e19068
 @patch
 def _detach(self:BatchNormFreeze):
     learn = self.learn
     self._release()
-    forget_copied_holds(learn.model)
     if self._traced: torch.compiler.reset()
     if active_callback(learn) is not self: return
     remaining = next((cb for cb in reversed(learn.cbs) if isinstance(cb, BatchNormFreeze) and cb is not self), None)
-    needs_opt = learn.opt is None and bool(self._fixed_params) # as after `load_learner`
+    needs_opt = learn.opt is None and bool(self._point.fixed) # as after `load_learner`
     if needs_opt: learn.create_opt()
     if remaining is not None: _hand_over(self, remaining)
     if learn.splitter == self.split: learn.splitter = self._splitter if remaining is None else remaining.split
-    if learn.opt is not None: self._restore_fastai() if remaining is None else remaining.apply()
+    if learn.opt is not None and self._applied: self._restore_fastai() if remaining is None else remaining.apply()
+    self._applied = False
     if needs_opt: learn.opt = None
 
 @patch
 def _restore_fastai(self:BatchNormFreeze):
     groups = zip(self.opt.param_lists, self.frozen())
     by_fastai = {p: not frozen or self.opt.state.get(p, {}).get('force_train', False) for group,frozen in groups for p in group}
-    for p in norm_params(self.model) & by_fastai.keys(): p.requires_grad = self._found.get(p, by_fastai[p])
+    found = self._found if self._point.news(self.opt) is None else {}
+    for p in norm_params(self.model) & by_fastai.keys(): p.requires_grad = found.get(p, by_fastai[p])
+
+@patch
+def _release(self:BatchNormFreeze):
+    "Give back what fits hold, also one that an exception left behind"
+    for fit in self._fits: fit.guard_by(None)
+    self._fits.clear()
 
 # %% ../nbs/03_callback.ipynb #e6c8e73b
+@patch(as_prop=True)
+def fit_now(self:BatchNormFreeze) -> _Fit|None:
+    "The fit that is going on, if one trains"
+    return next((fit for fit in reversed(self._fits) if fit.trains), None)
+
+@patch
+def look(self:BatchNormFreeze) -> Frozen:
+    "What is frozen now: by the last freeze point that somebody set, and by what the tensors say"
+    return self._point.look(self.model, self.opt, in_fit=bool(self._fits))
+
 @patch
 def frozen(self:BatchNormFreeze) -> list[bool]: # For each parameter group of the Learner, whether it is frozen
-    "Which groups are frozen now: by the last freeze point that somebody set, and by what the tensors say"
-    opt,news = self.opt,any(p.requires_grad for p in self._fixed_params)
-    if opt is not self._opt:
-        if self._opt is not None and self._opt.frozen_idx != self._idx: self._n,self._found,news = self._opt.frozen_idx,{},False
-        self._opt,self._idx = opt,0
-    if opt.frozen_idx != self._idx or news: self._n,self._found = opt.frozen_idx,{}
-    self._idx = opt.frozen_idx
-    return frozen_groups(self.model, opt.param_lists, self._n)
+    "Which groups are frozen now"
+    return self.look().groups
 
 # %% ../nbs/03_callback.ipynb #634462f7
 @patch(as_prop=True)
-def policy_now(self:BatchNormFreeze) -> Policy: return self._stages[self._stage][1] if self._stage else self.bn_policy
+def policy_now(self:BatchNormFreeze) -> Policy: return self.bn_policy if self.fit_now is None else self.fit_now.stages.policy
 
 @patch
 def modes(self:BatchNormFreeze,
     policy:Policy|None=None, # The one in force if not given
 ) -> dict[str, str]: # Name of each norm layer to its mode
     "The mode that the policy gives every norm layer of the Learner's model at the freeze point in force"
-    return layer_modes(self.model, self.opt.param_lists, self.frozen(), policy or self.policy_now)
+    now = self.look()
+    return layer_modes(self.model, self.opt.param_lists, now.groups, policy or self.policy_now, now.by_hand)
 
 # %% ../nbs/03_callback.ipynb #6880a7f5
 def frozen_in_force(
@@ -196,18 +244,30 @@ def apply(self:BatchNormFreeze,
     leave:Set[nn.Parameter]=frozenset(), # Norm layers' parameters that stay as they are
 ) -> dict[str, str]: # Name of each norm layer to its mode
     "Put the policy onto the tensors now, as every fit does: `requires_grad` of norm layers, and no gradient left on what is fixed"
-    groups,frozen,modes,layers = self.opt.param_lists,self.frozen(),self.modes(),norm_layers(self.model)
+    groups,now,modes,layers = self.opt.param_lists,self.look(),self.modes(),norm_layers(self.model)
     set_affine({layers[n]: mode for n,mode in modes.items()}, among={p for group in groups for p in group} - leave)
-    by_policy = {p for n,mode in modes.items() if not MODES[mode].trains_affine for p in affine_params(layers[n])}
-    by_group = {p for group,is_frozen in zip(groups, frozen) if is_frozen for p in group if not p.requires_grad}
-    by_group -= norm_params(self.model)
-    fixed = [p for group in groups for p in group if p in by_policy or p in by_group]
-    in_epoch = [] if self._fixed is None else self._fixed_params # a thaw during an epoch counts from the next
-    self._fixed_params = list(dict.fromkeys([*in_epoch, *fixed]))
-    drop_grads(self._fixed_params)
-    level_slow_weights(self.opt, self._fixed_params)
-    self._warned.update(warn_fixed_stats({n: mode for n,mode in modes.items() if n not in self._warned}, layers))
+    if self._point.news(self.opt) is not None: self._found = {}
+    self._applied = True
+    self._point.keep(now, self.opt)
+    self._point.settle(self.model)
+    fixed,_ = self._fixed(modes)
+    in_epoch = [] if self.fit_now is None or self.fit_now.guard is None else self.fit_now.guard.fixed
+    self._point.fixed = list(dict.fromkeys([*in_epoch, *fixed]))
+    drop_grads(fixed)
+    level_slow_weights(self.opt, self._point.fixed)
+    self._warned.update(warn_unkept({n: mode for n,mode in modes.items() if n not in self._warned}, layers))
     return modes
+
+@patch
+def _fixed(self:BatchNormFreeze, modes:dict[str, str]) -> tuple[list[nn.Parameter], Set[nn.Parameter]]:
+    "The parameters that policy and freeze point fix, and those of them that nobody can thaw within an epoch"
+    groups,now,layers = self.opt.param_lists,self.look(),norm_layers(self.model)
+    by_policy = {p for n,mode in modes.items() if not MODES[mode].trains_affine for p in affine_params(layers[n])}
+    off = lambda group: {p for p in group if not p.requires_grad} - norm_params(self.model)
+    by_point = {p for i,group in enumerate(groups) if now.groups[i] and i < now.n for p in off(group)}
+    by_tensors = {p for i,group in enumerate(groups) if now.groups[i] for p in off(group)}
+    fixed = by_policy | by_point | by_tensors
+    return [p for group in groups for p in group if p in fixed],frozenset(by_policy | by_point)
 
 # %% ../nbs/03_callback.ipynb #366beaff
 @patch
@@ -216,114 +276,138 @@ def set_policy(self:BatchNormFreeze,
 ) -> None:
     "Follow `policy` from now on, and count movement from here"
     self.bn_policy,self.bn_start = check_policy(policy, self.model),snapshot(self.model)
-    self._opt,self._n,self._found,self._frozen_at = None,0,{},None
-    self._plan()
+    self._found = {}
+    self._point.forget()
+    for fit in self._fits: fit.stages,fit.anew = self._stages(),True
 
 # %% ../nbs/03_callback.ipynb #1a7b66f4
 @patch
-def _hold(self:BatchNormFreeze, leave:Set[nn.Parameter]=frozenset()) -> dict[str, str]:
-    "Put the policy onto the tensors and hold the statistics; returns the mode of each norm layer by name"
-    self._release()
-    modes,layers,self._frozen_at = self.apply(leave),norm_layers(self.model),self.frozen()
-    self._held.enter_context(held_stats({layers[n]: mode for n,mode in modes.items() if not is_frozen_norm(layers[n])}))
+def _in_force(self:BatchNormFreeze) -> bool:
+    "Whether an event may be one of a fit that follows this callback"
+    return self.learn.opt is not None and not self.learn.lock.locked() and active_callback(self.learn) is self
+
+@patch
+def _hold(self:BatchNormFreeze, fit:_Fit, modes:dict[str, str]):
+    "Hold the statistics as `modes` say"
+    if fit.guard is not None and fit.guard.holds_as(self.model, modes): return
+    fit.guard_by(Guard(self.model, modes))
     held = frozenset(n for n,mode in modes.items() if not MODES[mode].updates_stats)
     if held != self._traced and is_compiled(self.model):
         torch.compiler.reset()
         self._traced = held
-    return modes
 
 @patch
-def _release(self:BatchNormFreeze):
-    "Give back the hold on the statistics, also one that an exception left behind"
-    self._held.close()
-    self._fixed = None
+def _stages(self:BatchNormFreeze) -> Stages:
+    "The stages of a fit; `lr_find`, which compares the batches of one fit, has but one"
+    return Stages(self.bn_policy, {} if hasattr(self.learn, 'lr_finder') else self.schedule)
 
 # %% ../nbs/03_callback.ipynb #e50ad2ca
 @patch
 def before_fit(self:BatchNormFreeze) -> None:
-    "Put the policy onto the tensors and hold the statistics, unless this is a validation"
-    if self.learn.lock.locked(): return
-    self._release()
-    self._prints,self.schedule_log = {},{}
-    self._plan()
-    if active_callback(self.learn) is not self: return
-    if is_distributed(): self._refuse_to_change_what_trains()
-    if any(isinstance(cb, BnFreeze) for cb in self.learn.cbs):
-        warnings.warn("fastai's `BnFreeze` is beside `BatchNormFreeze`: it puts frozen batch norm in eval mode whatever the policy says. "
-                      "Remove it with `learn.remove_cb(BnFreeze)`.")
-    self._hold()
+    "Put the policy onto the tensors and hold the statistics, until it is known whether this is a fit"
+    if not self._in_force(): return
+
+    fit = _Fit(self._stages(), {p: (p.requires_grad, p.grad) for p in norm_params(self.model)})
+    now,layers = self._point.look(self.model, self.opt),norm_layers(self.model)
+    modes = layer_modes(self.model, self.opt.param_lists, now.groups, fit.stages.policy, now.by_hand)
+    self._fits.append(fit)
+    if is_distributed(): self._refuse_to_change_what_trains(fit)
+    set_affine({layers[n]: mode for n,mode in modes.items()}, among={p for group in self.opt.param_lists for p in group})
+    self._hold(fit, modes)
+    fit.frozen = now
 
 @patch
 def before_epoch(self:BatchNormFreeze) -> None:
     "Note the epoch, which a validation in the midst of it would change"
-    if not self.learn.lock.locked(): self._epoch = self.learn.epoch
+    if self._fits and self._in_force(): self._fits[-1].epoch = self.learn.epoch
 
 @patch
 def before_train(self:BatchNormFreeze) -> None:
-    "Look up layers and freeze point anew at the first batch, when every other callback has had its say"
-    self._pending = active_callback(self.learn) is self
+    "Now this is a fit. Layers and freeze point are looked up at its first batch, when every other callback has had its say"
+    if not self._in_force(): return self._release()
+    if not self._fits: self.before_fit()
+    for fit in self._fits[:-1]: fit.guard_by(None) # an exception ended them
+    self._fits[:] = self._fits[-1:]
+    if not self._fits[-1].trains: self._begin(self._fits[-1])
+    self._fits[-1].pending = True
+
+@patch
+def _begin(self:BatchNormFreeze, fit:_Fit):
+    fit.trains,fit.found,self.schedule_log = True,{},{}
+    self._point.keep(fit.frozen, self.opt)
+    if any(isinstance(cb, BnFreeze) for cb in self.learn.cbs): warnings.warn(
+        "fastai's `BnFreeze` is beside `BatchNormFreeze`: it puts frozen batch norm in eval mode whatever the policy says. "
+        "Remove it with `learn.remove_cb(BnFreeze)`.")
+    strangers = unknown_to_optimizer(self.model, self.opt.param_lists)
+    if strangers: warnings.warn(
+        f"The optimizer does not know {strangers}, so they do not train: layers or parameters of the model were replaced after it was "
+        "made. Call `learn.create_opt()`.")
 
 @patch
 def before_batch(self:BatchNormFreeze) -> None:
     "Follow the schedule, and what other callbacks did since the last epoch"
-    if not self._pending and self._fixed is None: return
-    if self._pending: self._batch,self._n_batches = 0,self.n_iter
-    else: self._batch += 1
-    if (stage := self._stage_now()) != self._stage or self._pending: self._start(stage)
+    if (fit := self.fit_now) is None: return
+    if fit.pending: fit.batch,fit.n_batches = 0,self.n_iter
+    else: fit.batch += 1
+    stage = fit.stages.due((fit.epoch + fit.batch/fit.n_batches) / self.n_epoch)
+    if stage != fit.stages.now or fit.pending: self._start(fit, stage)
+    self._point.settle(self.model)
+    fit.guard.finite.keep()
 
 @patch
 def before_step(self:BatchNormFreeze) -> None:
-    "Whatever was thawed during the epoch counts from the next one"
-    if self._fixed is not None: drop_grads(self._fixed_params)
+    "Deny a gradient to what is fixed, as it is now"
+    if self.fit_now is not None and self.fit_now.guard is not None: self.fit_now.guard.deny()
 
 # %% ../nbs/03_callback.ipynb #bd5054d0
 @patch
-def _start(self:BatchNormFreeze, stage:int):
+def _start(self:BatchNormFreeze, fit:_Fit, stage:int):
     "Hold what is fixed from here on, and note what it is: at the start of an epoch, or of a stage"
-    self._check_fixed()
-    self._pending = False
-    off = self._off_after(stage)
-    modes = self._hold(off if self.frozen() == self._frozen_at else frozenset())
-    tensors = named_tensors(self.model)
-    self._fixed = self._fixed_names(modes, tensors) if self.verify else []
-    self._prints = {n: self._prints.get(n) or fingerprint(tensors[n]) for n in self._fixed}
+    before = {} if fit.guard is None else fit.guard.prints
+    if not fit.compared: fit.guard.check()
+    off = self._off_after(fit, stage)
+    now = self.look()
+    if fit.guard is not None: fit.guard.fixed = [] # what was fixed until now counts no longer
+    modes = self.apply(off if now == fit.frozen and not fit.anew else frozenset())
+    self._hold(fit, modes)
+    fit.guard.note(self.model, *self._fixed(modes), self.verify, before)
+    fit.frozen,fit.anew,fit.pending,fit.compared = self.look(),False,False,False
+    self._tell_of_hands(fit)
+    if fit.others is None: fit.others = {n: fingerprint(t) for n,t in named_tensors(self.model).items() if n in other_buffers(self.model)}
 
 @patch
-def _fixed_names(self:BatchNormFreeze, modes:dict[str, str], tensors:dict[str, Tensor]) -> list[str]:
-    "Which of `tensors` the modes and the freeze point fix"
-    layers = norm_layers(self.model)
-    stats = [b for n,mode in modes.items() if not MODES[mode].updates_stats for b in stats_buffers(layers[n]).values()]
-    fixed = {*self._fixed_params, *stats}
-    return [n for n,t in tensors.items() if t in fixed and not is_lazy(t)]
+def _tell_of_hands(self:BatchNormFreeze, fit:_Fit):
+    "Warn once of what somebody thawed or froze by hand"
+    thawed,groups = thawed_by_hand(self.model, self.opt.param_lists, fit.frozen)
+    by_hand = sorted(fit.frozen.by_hand)
+    told = {
+        f"Below the freeze point {thawed} train, which somebody thawed by hand. The norm layers around them keep the modes of the frozen "
+        "part.": thawed,
+        f"Of the parameter groups below the freeze point, {groups} were thawed by hand, so their norm layers have the modes of the trained "
+        "part (`bn_above`). `learn.freeze_to_bn(n)` moves the freeze point itself.": groups,
+        f"The norm layers {by_hand} were frozen by hand with the layers before them, so they have the mode of the frozen part (`bn`). To "
+        "give them another one, call `learn.freeze_to_bn` with globs for `bn`.": by_hand}
+    for text in (text for text,names in told.items() if names and text not in self._warned):
+        self._warned.add(text)
+        warnings.warn(text)
 
 # %% ../nbs/03_callback.ipynb #d4904275
 @patch
-def _plan(self:BatchNormFreeze):
-    "The stages of a fit, at the first; `lr_find`, which compares the batches of one fit, has but one"
-    self._stages,self._stage = stages(self.bn_policy, {} if hasattr(self.learn, 'lr_finder') else self.schedule),0
-
-@patch
-def _stage_now(self:BatchNormFreeze) -> int:
-    "The stage of this batch; never an earlier one again, whatever a loader says of its length"
-    done = (self._epoch + self._batch/self._n_batches) / self.n_epoch
-    return max(self._stage, sum(at <= done + 1e-9 for at,_ in self._stages) - 1) # 0.7 of a fit is also where it was rounded
-
-@patch
-def _off_after(self:BatchNormFreeze, stage:int) -> set[nn.Parameter]:
+def _off_after(self:BatchNormFreeze, fit:_Fit, stage:int) -> set[nn.Parameter]:
     "Go to `stage`; norm layers' parameters that are off, unless their layer's mode has changed by that"
     off = {p for p in norm_params(self.model) if not p.requires_grad}
-    if stage == self._stage: return off
+    if stage == fit.stages.now: return off
     before = self.modes()
-    for at,_ in self._stages[self._stage+1:stage+1]: self.schedule_log[at] = self._epoch,self._batch
-    self._stage = stage
+    for at,_ in fit.stages.steps[fit.stages.now+1:stage+1]: self.schedule_log[at] = fit.epoch,fit.batch
+    fit.stages.now = stage
     layers,after = norm_layers(self.model),self.modes()
     return off - {p for n in after if after[n] != before[n] for p in affine_params(layers[n])}
 
 @patch
-def _refuse_to_change_what_trains(self:BatchNormFreeze):
+def _refuse_to_change_what_trains(self:BatchNormFreeze, fit:_Fit):
     "Raise `ValueError` for a schedule that `DistributedDataParallel` cannot follow"
     layers,trained = norm_layers(self.model),{}
-    for at,policy in self._stages:
+    for at,policy in fit.stages.steps:
         trained[at] = {n for n,mode in self.modes(policy).items() if MODES[mode].trains_affine and affine_params(layers[n])}
         if changed := sorted(trained[at] ^ trained[0]):
             raise ValueError(f"From {at} of the fit on, `schedule` changes whether weight and bias of {changed} are trained, which a "
@@ -331,22 +415,63 @@ def _refuse_to_change_what_trains(self:BatchNormFreeze):
 
 # %% ../nbs/03_callback.ipynb #44540f32
 @patch
-def _check_fixed(self:BatchNormFreeze):
-    "See that nothing fixed has moved"
-    fixed,self._fixed = self._fixed,None
-    if not fixed: return
-    tensors = named_tensors(self.model)
-    changed = all_ranks({n for n in fixed if n not in tensors or fingerprint(tensors[n]) != self._prints[n]}, self.model)
-    if not changed: return
-    raise RuntimeError(f"These tensors are fixed by the policy or the freeze point, but changed in the fit: {changed}. "
-                       "Something writes them: look at the other callbacks and at the optimizer, or pass `verify=False` to let it.")
+def after_pred(self:BatchNormFreeze) -> None:
+    "Put back statistics that this batch made NaN or infinite"
+    if (fit := self.fit_now) is None or fit.guard is None or not (spoilt := fit.guard.finite.put_back()) or 'finite' in fit.told: return
+    fit.told.add('finite')
+    warnings.warn(f"Batch {fit.batch} of epoch {fit.epoch} has moments that are not finite in {spoilt}. The running statistics of these "
+                  "layers were left as they were before it, and will be in later batches of this sort.")
 
-BatchNormFreeze.after_train = BatchNormFreeze.after_cancel_epoch = BatchNormFreeze.after_cancel_fit = BatchNormFreeze._check_fixed
+BatchNormFreeze.after_batch = BatchNormFreeze.after_pred # some callbacks run a forward pass of their own
+
+@patch
+def _compare(self:BatchNormFreeze):
+    "See that nothing fixed has moved in the training part of an epoch, and tell what else came up in it"
+    if (fit := self.fit_now) is None or fit.compared: return
+    fit.compared = True
+    fit.guard.check()
+    if 'eval' not in fit.told and (text := fit.guard.told_in_eval()) and not any(isinstance(cb, BnFreeze) for cb in self.learn.cbs):
+        fit.told.add('eval')
+        warnings.warn(text)
+    tensors = named_tensors(self.model)
+    moved = sorted(n for n,old in (fit.others or {}).items() if n in tensors and fingerprint(tensors[n]) != old)
+    if moved and not {*moved} <= {*self.moving_buffers}: warnings.warn(
+        f"In the frozen part, {moved} moved: buffers that are no statistics of a norm layer, so no mode governs them. What is promised is "
+        "that parameters and norm statistics stay.")
+    self.moving_buffers,fit.others = [*dict.fromkeys([*self.moving_buffers, *moved])],{}
+
+BatchNormFreeze.after_train = BatchNormFreeze._compare
+
+@patch
+def after_cancel_epoch(self:BatchNormFreeze) -> None:
+    "Compare, if the training part was cancelled; a validation that was may have left other weights in the model"
+    self._compare()
+    if self.fit_now is not None: self.fit_now.cancelled = True
+
+BatchNormFreeze.after_cancel_fit = BatchNormFreeze.after_cancel_epoch
+
+@patch
+def after_epoch(self:BatchNormFreeze) -> None:
+    "Compare once more: what a callback wrote after the training part, nobody would see after the last epoch"
+    fit = self.fit_now
+    if fit is None or not self._in_force() or fit.guard is None or not fit.compared or fit.pending: return
+    if not fit.cancelled: fit.guard.check()
+    fit.cancelled = False
 
 # %% ../nbs/03_callback.ipynb #93a496cb
 @patch
 def after_fit(self:BatchNormFreeze) -> None:
-    "Give back the hold and go back to the first stage, unless a validation inside the fit has ended"
-    if self.learn.lock.locked(): return
-    self._release()
-    if self._stage: self.apply(self._off_after(0))
+    "Give back the hold and go back to the first stage; if this was no fit, put everything back"
+    if not self._fits or not self._in_force(): return
+    fit = self._fits[-1]
+    if fit.trains and fit.stages.now:
+        off = self._off_after(fit, 0)
+        fit.guard.fixed = []
+        self.apply(off)
+    self._fits.pop().guard_by(None)
+    for p,(requires_grad,grad) in fit.found.items(): p.requires_grad,p.grad = requires_grad,grad
+    if not fit.trains: return
+    self._point.settle(self.model)
+    if fit.counts['spoilt']: warnings.warn(
+        f"{fit.counts['spoilt']} of {fit.counts['batches']} training batches had moments that are not finite, and were left out of the "
+        "running statistics.")

@@ -13,6 +13,7 @@ import os, sys
 from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
 
 from fastcore.script import anno_parser
@@ -20,6 +21,7 @@ from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
 # %% ../nbs/08_cli.ipynb #9f7da49e
 def _check_range(name:str, value:int, least:int, most:int|None=None):
+    if not isinstance(value, Integral) or isinstance(value, bool): raise ValueError(f"--{name} {value!r}: give a whole number")
     if value >= least and (most is None or value <= most): return
     raise ValueError(f"--{name} {value}: give a number from {least} " + ('up' if most is None else f'to {most}'))
 
@@ -113,6 +115,7 @@ def compare(
     "Train every batch norm policy in full on a folder of images, and say which differ"
     from bnfreeze_fastai.compare import bn_compare, check_training
     from bnfreeze_fastai.runs import check_policies
+    if not isinstance(modes, str): raise ValueError(f"--modes {modes!r}: give policies in one text, with commas between")
     policies = list(check_policies([m.strip() for m in modes.split(',')]))
     check_training(epochs, fit, freeze_to, lr)
     _check_range('seeds', seeds, 1)

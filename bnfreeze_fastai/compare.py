@@ -24,13 +24,13 @@ from fastai.learner import Learner
 from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 
-from .batches import with_progress
+from .batches import with_progress, wrong
 from .differences import paired_differences, table_html, table_text
 from .folders import process_folder
 from .plots import plot_differences, plot_scores
 from .restore import kept_rng
 from .results import COLUMNS, Results
-from .runs import (FITS, Fit, Policies, as_seeds, check_epochs, check_lr, check_policies, n_batches, new_learner, put_policy,
+from .runs import (FITS, Fit, Policies, as_seeds, check_epochs, check_lr, check_policies, is_function, n_batches, new_learner, put_policy,
                                   run_policy, weights_hash)
 
 # %% ../nbs/07_compare.ipynb #97f47646
@@ -96,9 +96,9 @@ def check_training(
     "Raise `ValueError` for training that cannot be"
     check_epochs(epochs)
     check_lr(lr)
-    if not isinstance(freeze_to, Integral): raise ValueError(f"`freeze_to` has to be an integer, not {freeze_to!r}.")
-    if not callable(fit) and fit not in FITS:
-        raise ValueError(f"`fit` is one of {list(FITS)}, or a function of Learner and epochs, not {fit!r}.")
+    if not isinstance(freeze_to, Integral) or isinstance(freeze_to, bool): raise ValueError(f"`freeze_to` has to be an integer, not {freeze_to!r}.")
+    if not is_function(fit) and not (isinstance(fit, str) and fit in FITS):
+        raise ValueError(f"`fit` is one of {list(FITS)}, or a function of Learner and epochs, not {fit!r:.60}.")
     if fit == 'fine_tune' and isinstance(lr, slice):
         raise ValueError(f"`lr` has to be a number for `fine_tune`, which makes slices of it, not {lr!r}.")
     if fit == 'fine_tune' and freeze_to != -1:
@@ -178,6 +178,9 @@ def bn_compare(
     "Train every policy with every seed, from the same weights and over the same batches; Ctrl-C gives what is done"
     policies,seeds = check_policies(policies),as_seeds(seeds)
     check_training(epochs, fit, freeze_to, lr)
+    if n_jobs is not None and (not isinstance(n_jobs, Integral) or isinstance(n_jobs, bool) or not n_jobs):
+        raise wrong('n_jobs', n_jobs, 'a number of processes, -1 for one on each core, or None')
+    if not isinstance(results, (str, Path, type(None))): raise wrong('results', results, 'the path of a CSV file, or None')
     how = dict(epochs=int(epochs), fit=fit, freeze_to=int(freeze_to), lr=lr, precompute=bool(precompute))
     results = Results(results, _settings(policies, how, settings, results), resume)
     jobs = [(name, seed) for seed in seeds for name in policies]

@@ -10,22 +10,26 @@ This module knows layers and modes, and nothing of fastai: it needs only torch."
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['MODES', 'BN_TYPES', 'NORM_TYPES', 'Mode', 'check_mode', 'is_frozen_norm', 'keeps_stats', 'affine_params',
-           'stats_buffers', 'named_modules', 'is_compiled', 'refuse_compiled', 'norm_layers', 'norm_params',
-           'bn_layers', 'check_glob', 'forget_copied_holds', 'held_stats', 'never_trained', 'warn_fixed_stats',
-           'set_affine', 'set_bn_mode', 'bn_mode', 'hold_bn_mode']
+__all__ = ['MODES', 'BN_TYPES', 'NORM_TYPES', 'NO_HOOKS', 'Mode', 'mode_name', 'check_mode', 'is_frozen_norm', 'keeps_stats',
+           'updates_stats', 'affine_params', 'stats_buffers', 'named_modules', 'is_compiled', 'refuse_compiled',
+           'norm_layers', 'norm_params', 'bn_layers', 'check_glob', 'held_stats', 'never_trained', 'warn_unkept',
+           'set_affine', 'set_bn_mode', 'bn_mode', 'hold_bn_mode', 'revert_sync_bn']
 
 # %% ../nbs/00_core.ipynb #07161936
-import warnings
+import threading, warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakSet, ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.nn.parameter import is_lazy
 
 # %% ../nbs/00_core.ipynb #1b3089bb
@@ -36,7 +40,13 @@ class Mode(NamedTuple):
 
 # %% ../nbs/00_core.ipynb #9275b767
 MODES = {'train': Mode(True, True), 'stats-only': Mode(True, False), 'affine-only': Mode(False, True), 'frozen': Mode(False, False)}
-_NAMES = {mode: name for name,mode in MODES.items()}
+
+def mode_name(
+    updates_stats:bool,
+    trains_affine:bool,
+) -> str: # One of `MODES`
+    "The mode in which these halves move"
+    return next(name for name,mode in MODES.items() if mode == (updates_stats, trains_affine))
 
 # %% ../nbs/00_core.ipynb #3f398a44
 def check_mode(
@@ -64,8 +74,14 @@ def is_frozen_norm(
 def keeps_stats(
     layer:nn.Module, # A norm layer
 ) -> bool:
-    "Whether `layer` has running statistics that a training batch would update"
+    "Whether `layer` has running statistics"
     return isinstance(layer, BN_TYPES) and layer.running_mean is not None
+
+def updates_stats(
+    layer:nn.Module, # A norm layer
+) -> bool:
+    "Whether a training batch updates the running statistics of `layer`; not so if somebody switched `track_running_stats` off"
+    return keeps_stats(layer) and layer.track_running_stats
 
 # %% ../nbs/00_core.ipynb #16c4f585
 def affine_params(
@@ -94,11 +110,18 @@ def _walk(module:nn.Module, name:str, seen:set, found:dict):
 
 # %% ../nbs/00_core.ipynb #37605161
 def named_modules(
-    model:nn.Module, # Any module, wrapped or not
+    model:nn.Module, # Any module, wrapped or not; anything else raises `ValueError`
 ) -> dict[str, nn.Module]: # Dotted name to module, in order of registration; a shared module under its first name
     "Every module of `model` but wrappers, whose prefixes (`module.`, `_orig_mod.`) the names omit"
+    if not isinstance(model, nn.Module): raise ValueError(f"Expected a model, not {_told(model)}.")
     _walk(model, '', set(), found := {})
     return found
+
+def _told(o) -> str:
+    "What `o` is, and what to give if it is a Learner or something like it that has a model"
+    if isinstance(o, type): return f"the class {o.__name__}: give one that was made, such as `{o.__name__}(…)`"
+    has_model = isinstance(getattr(o, 'model', None), nn.Module)
+    return f"{type(o).__name__} ({o!r:.60})" if not has_model else f"{type(o).__name__}: give its `.model`"
 
 # %% ../nbs/00_core.ipynb #aa2f8ca7
 def is_compiled(
@@ -148,62 +171,180 @@ def check_glob(
                      "Give a glob over these dotted names, such as '0.*', or '*' for all.")
 
 # %% ../nbs/00_core.ipynb #42e622be
-class _Hold:
-    "A mode set on a layer and the forward hooks that keep its statistics fixed; a copy or pickle holds nothing unless `lasting`"
-    mode,lasting,handles,flag = None,False,(),None
-    def __init__(self, mode:str, lasting:bool=False): self.mode,self.lasting = mode,lasting
+_LOCK = threading.Lock()
+
+def _recomputes() -> bool:
+    "Whether this forward pass runs inside a backward pass, as activation checkpointing has it"
+    return torch._C._current_graph_task_id() != -1
+
+class Temporary:
+    "What a module has for a while: a hook or an attribute that copies and pickles of the module leave out, unless it is `lasting`"
+    lasting = False
+
+class _Hold(Temporary):
+    "A mode held on a layer, for good (`lasting`) or for a while, and the forward hooks that see to its statistics"
+    def __init__(self, mode:str, lasting:bool=False, guards:bool=False, root:nn.Module|None=None):
+        self.mode,self.lasting,self.guards = mode,lasting,guards # `guards`: an attempt to reset the statistics raises
+        self.root,self.momentum = None if root is None else ref(root),None
+        self.inside,self.kept,self.flags = {},{},set() # `flags`: those of the layer whenever the root in training called it
 
     def __call__(self, layer, args, *output):
-        if self.mode is None: return
-        if not output: self.flag,layer.training = layer.training,False
-        elif self.flag is not None: layer.training,self.flag = self.flag,None
+        compiling = torch.compiler.is_compiling()
+        thread = 0 if compiling else threading.get_ident()
+        if output: return self._leave(layer, thread)
+        if not compiling and self.root is not None and self.root().training: self.flags.add(layer.training)
+        if layer._bn_holds[-1] is self: self._enter(layer, thread, compiling)
+
+    def _enter(self, layer, thread, compiling):
+        if MODES[self.mode].updates_stats:
+            if compiling or not layer.training or not _recomputes(): return
+            self.kept[id(layer), thread] = {b: b.clone() for b in stats_buffers(layer).values()}
+        elif not self._reestimated(layer):
+            with nullcontext() if compiling else _LOCK:
+                flags = self.inside.setdefault(id(layer), {}) # a replica of `DataParallel` has an id of its own
+                flags.pop(thread, None) # Ctrl-C left it: torch calls no forward hook then
+                flags[thread],layer.training = next(iter(flags.values()), layer.training),False
+
+    def _leave(self, layer, thread):
+        for b,old in self.kept.pop((id(layer), thread), {}).items(): b.data.copy_(old) # autograd must not take notice
+        with nullcontext() if torch.compiler.is_compiling() else _LOCK:
+            flags = self.inside.get(id(layer), {})
+            flag = flags.pop(thread, None)
+            if flag is None or flags: return # another thread is still inside
+            del self.inside[id(layer)]
+            layer.training = flag
+
+    def _reestimated(self, layer) -> bool:
+        "Whether a tool such as `update_bn` is at work: it turns the running average into a plain one"
+        return self.lasting and self.momentum is not None and layer.momentum is None
 
     def engage(self, layer):
-        if MODES[self.mode].updates_stats or not keeps_stats(layer): return
-        self.handles = layer.register_forward_pre_hook(self),layer.register_forward_hook(self, always_call=True)
+        self.momentum = getattr(layer, 'momentum', None)
+        if self.lasting: self.guards = self.momentum is None and not MODES[self.mode].updates_stats
+        if not keeps_stats(layer): return
+        layer.register_forward_pre_hook(self)
+        layer.register_forward_hook(self, always_call=True)
 
     def release(self, layer):
-        for h in self.handles: h.remove()
-        if self.flag is not None and not layer.training: layer.training = self.flag # after Ctrl-C torch calls no forward hook
-        self.handles,self.flag = (),None
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for i in [i for i,h in hooks.items() if h is self]: del hooks[i]
+        flags = self.inside.pop(id(layer), {})
+        if flags and not layer.training: layer.training = next(iter(flags.values()))
 
-    def __getstate__(self): return self.__dict__ if self.lasting else {'handles': self.handles}
+    def __getstate__(self): return {**self.__dict__, 'inside': {}, 'kept': {}, 'flags': set()}
 
 # %% ../nbs/00_core.ipynb #49a404ff
-def _holds_on(layer:nn.Module) -> list[_Hold]:
-    "The holds on `layer`, the one in force last; what a copy has left of others is removed"
-    holds = layer.__dict__.get('_bn_holds', [])
-    live = [h for h in holds if h.mode is not None]
-    if len(live) < len(holds): _put_holds(layer, live)
-    return live
+def _holds_on(layer:nn.Module) -> list[_Hold]: return layer.__dict__.get('_bn_holds', [])
+
+def _refuse_reset(layer):
+    raise RuntimeError(f"The running statistics of this {type(layer).__name__} are held, with others, by the mode "
+                       f"{_holds_on(layer)[-1].mode!r}, and a reset would lose them. To re-estimate them, call `recalibrate_bn(model, "
+                       "batches)`; to reset them all the same, leave the fit or the `with` block, or set the mode 'train', first.")
+
+def clean_copies(
+    module:nn.Module,
+) -> dict[str, partial[Any]]: # Attributes to give `module` for as long as it has something `Temporary`
+    "Let copies and pickles of `module` leave out what is `Temporary`"
+    own = {'__reduce_ex__': partial(_reduced, module)}
+    return own | {'__deepcopy__': partial(_deepcopied, module)} if hasattr(type(module), '__deepcopy__') else own
+
+def _overrides(layer:nn.Module, holds:list[_Hold]) -> dict[str, partial[Any]]:
+    "What `layer` does in its own way while `holds` are on it"
+    if not holds: return {}
+    guards = holds[-1].guards and keeps_stats(layer) and not is_lazy(layer.running_mean)
+    return clean_copies(layer) | ({'reset_running_stats': partial(_refuse_reset, layer)} if guards else {})
 
 # %% ../nbs/00_core.ipynb #9db874c7
+_OVERRIDDEN = '__reduce_ex__','__deepcopy__','reset_running_stats'
+
 def _put_holds(layer:nn.Module, holds:list[_Hold]):
-    "Put `holds` on `layer` in place of those it has, and the last one in force"
-    for h in layer.__dict__.pop('_bn_holds', []): h.release(layer)
+    "Put `holds` on `layer` in place of those it has; the last one is in force"
+    before = _holds_on(layer)
+    if before:
+        for k in ('_bn_holds', *_OVERRIDDEN): layer.__dict__.pop(k, None)
+        for h in before:
+            if h not in holds: h.release(layer)
     if not holds: return
     layer._bn_holds = holds
-    holds[-1].engage(layer)
+    for h in holds:
+        if h not in before: h.engage(layer)
+    layer.__dict__.update(_overrides(layer, holds))
 
 # %% ../nbs/00_core.ipynb #e2547276
-def forget_copied_holds(
-    model:nn.Module, # A copy or a loaded pickle of a model, made while something held its modes
-) -> None:
-    "Remove what is left on `model` of the holds of its original"
-    for l in bn_layers(model): _holds_on(l)
+_lasting_layers = WeakSet() # those with a mode set for good
+
+def _without_temporary(attrs:dict, module:nn.Module) -> dict:
+    "The attributes of a copy of `module`, given those of `module` or of a copy of them"
+    left_out = lambda v: isinstance(v, Temporary) and not v.lasting
+    lasting = [h for h in attrs.get('_bn_holds', []) if h.lasting]
+    attrs = {k: v for k,v in attrs.items() if k not in ('_bn_holds', *_OVERRIDDEN) and not left_out(v)}
+    for k in ('_forward_pre_hooks', '_forward_hooks'): attrs[k] = OrderedDict((i, h) for i,h in attrs[k].items() if not left_out(h))
+    return attrs | {'_bn_holds': lasting, **_overrides(module, lasting)} if lasting else attrs
+
+def _made_with_mode(make, args):
+    _lasting_layers.add(layer := make(*args))
+    return layer
+
+def _reduced(module:nn.Module, protocol:int) -> tuple:
+    "How to copy or pickle `module`"
+    make,args,state,*rest = type(module).__reduce_ex__(module, protocol)
+    if isinstance(state, dict): state = _without_temporary(state, module)
+    if any(h.lasting for h in _holds_on(module)): make,args = _made_with_mode,(make, args)
+    return make,args,state,*rest
+
+def _deepcopied(module:nn.Module, memo:dict) -> nn.Module:
+    "A copy of a module whose class has its own way to copy, as with a parametrization"
+    copied = type(module).__deepcopy__(module, memo)
+    attrs = _without_temporary(vars(copied), copied)
+    vars(copied).clear()
+    vars(copied).update(attrs)
+    if _holds_on(copied): _lasting_layers.add(copied)
+    return copied
+
+# %% ../nbs/00_core.ipynb #7d7bf3b4
+def _follow(module, name, buffer) -> None:
+    if name != 'running_mean' or buffer is None or not isinstance(module, BN_TYPES): return
+    owner = next((l for l in list(_lasting_layers) if l is not module and keeps_stats(l) and l.running_mean is buffer), None)
+    if owner is not None: _set_lasting(module, next((h.mode for h in _holds_on(owner) if h.lasting), 'train'))
+
+register_module_buffer_registration_hook(_follow)
+
+def _set_lasting(layer:nn.Module, mode:str):
+    "Set `mode` for good, below what is held for a while"
+    _put_holds(layer, [_Hold(mode, lasting=True)]*(mode != 'train') + [h for h in _holds_on(layer) if not h.lasting])
+    (_lasting_layers.discard if mode == 'train' else _lasting_layers.add)(layer)
 
 # %% ../nbs/00_core.ipynb #086b7ee8
 @contextmanager
 def held_stats(
     modes:Mapping[nn.Module, str], # Norm layer to mode
-) -> Iterator[None]:
+    root:nn.Module|None=None, # The model that they are in: `unheeded` then knows what it did with them
+) -> Iterator[dict[nn.Module, _Hold]]: # Norm layer to what holds it, for `unheeded`
     "Hold the statistics half of each layer's mode through any `.train()`; on every way out this hold is gone"
-    holds = {l: _Hold(mode) for l,mode in modes.items()}
+    guards = any(keeps_stats(l) and not MODES[mode].updates_stats for l,mode in modes.items())
+    holds = {l: _Hold(mode, guards=guards, root=root) for l,mode in modes.items()}
     try:
         for l,hold in holds.items(): _put_holds(l, [*_holds_on(l), hold])
-        yield
+        yield holds
     finally:
         for l,hold in holds.items(): _put_holds(l, [h for h in _holds_on(l) if h is not hold])
+
+# %% ../nbs/00_core.ipynb #8ea6a616
+def unheeded(
+    holds:Mapping[nn.Module, _Hold], # From `held_stats` with a `root`
+) -> tuple[list[nn.Module], list[nn.Module]]: # Layers that ran in eval mode alone, and layers whose hooks never ran
+    "Layers whose statistics should move but did not while their root was in training, and layers that are held but were not called"
+    updates = lambda l: MODES[holds[l].mode].updates_stats
+    return ([l for l,h in holds.items() if updates_stats(l) and updates(l) and h.flags == {False}],
+            [l for l,h in holds.items() if keeps_stats(l) and not updates(l) and not h.flags])
+
+def told_in_eval(
+    names:Iterable[str], # Of layers
+) -> str:
+    "What to say of layers whose statistics should move, but that ran in eval mode alone"
+    return (f"The running statistics of {list(names)} did not move as their mode says: the model was in training mode and these layers in "
+            "eval mode, put there by the model's own `train()` (such as `norm_eval=True`) or by a call of `eval()` on a part. Switch that "
+            "off, or give these layers the mode 'affine-only' or 'frozen'.")
 
 # %% ../nbs/00_core.ipynb #bec8b3b5
 def never_trained(
@@ -215,19 +356,25 @@ def never_trained(
     return not layer.num_batches_tracked and not layer.running_mean.any() and bool((layer.running_var == 1).all())
 
 # %% ../nbs/00_core.ipynb #29b263c5
-def warn_fixed_stats(
+def warn_unkept(
     modes:Mapping[str, str], # Name of each norm layer to its mode
     layers:Mapping[str, nn.Module], # Name to norm layer
 ) -> list[str]: # Names of the layers warned of
-    "Warn where a mode promises fixed statistics that the layer does not have or never trained"
+    "Warn where a mode promises what the statistics of a layer cannot give"
     fixed = {n: layers[n] for n,mode in modes.items() if not MODES[mode].updates_stats}
     lacking = [n for n,l in fixed.items() if isinstance(l, _BatchNorm) and not keeps_stats(l)]
     fresh = [n for n,l in fixed.items() if never_trained(l)]
+    stuck = [n for n in modes if n not in fixed and keeps_stats(layers[n]) and not updates_stats(layers[n])]
+    broken = [n for n in modes if not all(is_lazy(b) or b.isfinite().all() for b in stats_buffers(layers[n]).values())]
     if lacking: warnings.warn(f"No running statistics to hold in {lacking}: with `track_running_stats=False` batch norm "
                               "normalises with the batch in every mode.", stacklevel=3)
     if fresh: warnings.warn(f"The running statistics of {fresh} were never trained (mean 0, variance 1): held, they normalise "
                             "nothing. Train these layers first, or give them the mode 'train' or 'stats-only'.", stacklevel=3)
-    return lacking + fresh
+    if stuck: warnings.warn(f"The running statistics of {stuck} do not move, whatever the mode: `track_running_stats` was switched off "
+                            "on these layers. Set it to True.", stacklevel=3)
+    if broken: warnings.warn(f"The running statistics of {broken} are not finite, so these layers give NaN: load other weights, or "
+                             "re-estimate them, as by `reset_running_stats()` and `recalibrate_bn`.", stacklevel=3)
+    return [*dict.fromkeys(lacking + fresh + stuck + broken)]
 
 # %% ../nbs/00_core.ipynb #f1d08dd4
 def set_affine(
@@ -244,26 +391,24 @@ def set_affine(
 # %% ../nbs/00_core.ipynb #c04f9062
 def _as_layers(model_or_layers) -> dict[str, nn.Module]:
     "The norm layers of a model, or of each module in an iterable or in the values of a dict, but those frozen by construction"
-    if isinstance(model_or_layers, nn.Module): given = {'': model_or_layers}
-    elif isinstance(model_or_layers, Mapping): given = dict(model_or_layers)
+    if isinstance(model_or_layers, Mapping): given = dict(model_or_layers)
+    elif isinstance(model_or_layers, nn.Module) or not isinstance(model_or_layers, Iterable): given = {'': model_or_layers}
     else: given = {f'[{i}]': m for i,m in enumerate(model_or_layers)}
     for m in given.values():
-        if not isinstance(m, nn.Module): raise ValueError(f"Expected a model or norm layers, not {m!r} of type {type(m).__name__}.")
+        if not isinstance(m, nn.Module): raise ValueError(f"Expected a model or norm layers, not {_told(m)}.")
     found = {'.'.join(filter(None, (name, n))): l for name,m in given.items() for n,l in norm_layers(m).items()}
     return {n: l for n,l in found.items() if not is_frozen_norm(l)}
 
 # %% ../nbs/00_core.ipynb #20f560c9
 def set_bn_mode(
-    model_or_layers:nn.Module|Iterable[nn.Module]|Mapping[str, nn.Module], # A model (all its norm layers are set), or layers
+    model_or_layers:nn.Module|Iterable[nn.Module]|Mapping[str, nn.Module], # A model, all of it, or layers; `ValueError` for others
     mode:str, # One of `MODES`; anything else raises `ValueError`
 ) -> None:
     "Set the mode of norm layers until it is set anew: it stays through `.train()` and `.eval()`, and copies have it too"
     check_mode(mode)
     layers = _as_layers(model_or_layers)
-    warn_fixed_stats(dict.fromkeys(layers, mode), layers)
-    for l in layers.values():
-        lasting = [] if mode == 'train' else [_Hold(mode, lasting=True)]
-        _put_holds(l, lasting + [h for h in _holds_on(l) if not h.lasting])
+    warn_unkept(dict.fromkeys(layers, mode), layers)
+    for l in layers.values(): _set_lasting(l, mode)
     set_affine(dict.fromkeys(layers.values(), mode))
 
 # %% ../nbs/00_core.ipynb #b70d06a0
@@ -277,7 +422,8 @@ def bn_mode(
     updates,trains = MODES[holds[-1].mode if holds else 'train']
     if params: trains = any(p.requires_grad for p in params)
     if not holds and not isinstance(layer, BN_TYPES): updates = trains # no statistics to speak of: named after the half it has
-    return _NAMES[Mode(updates, trains)]
+    if keeps_stats(layer) and not updates_stats(layer): updates = False
+    return mode_name(updates, trains)
 
 # %% ../nbs/00_core.ipynb #3c6a6b46
 @contextmanager
@@ -293,12 +439,71 @@ def hold_bn_mode(
     chosen = {n: l for n,l in found.items() if fnmatchcase(n, layers) and not is_frozen_norm(l)}
     modes = dict.fromkeys(chosen.values(), mode)
     before = {p: (p.requires_grad, p.grad) for l in modes for p in affine_params(l)}
-    warn_fixed_stats(dict.fromkeys(chosen, mode), chosen)
+    stats = {b: b.clone() for l in modes for b in stats_buffers(l).values() if not is_lazy(b)}
+    warn_unkept(dict.fromkeys(chosen, mode), chosen)
     try:
-        with held_stats(modes):
+        with held_stats(modes, model) as holds:
             set_affine(modes)
             yield model
+        _warn_unheeded(chosen, holds, stats)
     finally:
         for p,(requires_grad,grad) in before.items():
             p.requires_grad = requires_grad
             if not MODES[mode].trains_affine: p.grad = grad
+
+def _warn_unheeded(layers:Mapping[str, nn.Module], holds:Mapping[nn.Module, _Hold], stats:Mapping[Tensor, Tensor]):
+    "Warn of `layers` whose statistics did not do what their holds say, given what they were"
+    in_eval,unseen = ([n for n,l in layers.items() if l in odd] for odd in unheeded(holds))
+    moved = [n for n in unseen if any(b in stats and not torch.equal(b, stats[b]) for b in stats_buffers(layers[n]).values())]
+    if in_eval: warnings.warn(told_in_eval(in_eval), stacklevel=4)
+    if moved: warnings.warn(f"The running statistics of {moved} moved though they were held. {NO_HOOKS}", stacklevel=4)
+
+NO_HOOKS = ("No forward hook of these layers ran: either the model calls `layer.forward(x)` or `F.batch_norm` itself, which goes round them "
+            "(call `layer(x)`), or something else wrote the statistics.")
+
+# %% ../nbs/00_core.ipynb #92c04281
+_BY_DIM = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+_BY_LAYER = {nn.Linear: nn.BatchNorm1d, **{getattr(nn, f'{kind}{d}d'): _BY_DIM[d+2] for d in (1, 2, 3) for kind in ('Conv', 'ConvTranspose')}}
+
+def _plain_kinds(model:nn.Module) -> dict[nn.Module, type[_BatchNorm]]:
+    "The class of plain batch norm for each `SyncBatchNorm`, by the layers before it"
+    kinds,kind = {},nn.BatchNorm2d
+    for m in named_modules(model).values():
+        if type(m) is nn.SyncBatchNorm: kinds[m] = kind
+        elif 'Flatten' in type(m).__name__: kind = nn.BatchNorm1d # fastai's own, too
+        else: kind = next((bn for layer,bn in _BY_LAYER.items() if isinstance(m, layer)), kind)
+    return kinds
+
+def _seen_kinds(model:nn.Module, x:torch.Tensor) -> dict[nn.Module, type[_BatchNorm]]:
+    "The same, by what the layers get when `model` is given `x`"
+    kinds,flags = {},{m: m.training for m in model.modules()}
+    def note(layer, args): kinds[layer] = _BY_DIM[args[0].dim()]
+    handles = [m.register_forward_pre_hook(note) for m in flags if type(m) is nn.SyncBatchNorm]
+    try:
+        with torch.no_grad(): model.eval()(x)
+    finally:
+        for h in handles: h.remove()
+        for m,flag in flags.items(): m.training = flag
+    return kinds
+
+def _plain_bn(sync:nn.SyncBatchNorm, kind:type[_BatchNorm]) -> _BatchNorm:
+    "A batch norm of class `kind` with the tensors and the mode of `sync`"
+    new = kind(sync.num_features, sync.eps, sync.momentum, sync.affine, sync.track_running_stats)
+    for name,tensor in (*sync._parameters.items(), *sync._buffers.items()): setattr(new, name, tensor)
+    new.training = sync.training
+    return new
+
+def revert_sync_bn(
+    model:nn.Module, # Any model; `ValueError` inside a fit or `hold_bn_mode`
+    x:torch.Tensor|None=None, # An input of `model`, for one that flattens in code of its own
+) -> nn.Module: # `model`, or if it is a `SyncBatchNorm` itself the layer in its place
+    "Put a plain batch norm in the place of each `SyncBatchNorm`: same parameters, statistics, flags and modes"
+    kinds = _plain_kinds(model)
+    if any(not h.lasting for l in kinds for h in _holds_on(l)):
+        raise ValueError("The modes of this model are held for a while: leave the fit or the `with` block before `revert_sync_bn`.")
+    if x is not None: kinds |= _seen_kinds(model, x)
+    plain = {sync: _plain_bn(sync, kind) for sync,kind in kinds.items()}
+    for name,m in [*model.named_modules(remove_duplicate=False)]:
+        parent,_,child = name.rpartition('.')
+        if m in plain and name: setattr(model.get_submodule(parent), child, plain[m])
+    return plain.get(model, model)

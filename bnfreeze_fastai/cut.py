@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Call', 'watch', 'links', 'is_random', 'random_layers', 'Cut', 'holds_any', 'find_cut', 'Features', 'resumable',
-           'is_resumable', 'check_cut']
+__all__ = ['Call', 'watch', 'links', 'is_random', 'random_layers', 'Cut', 'holds_any', 'cut_of', 'find_cut', 'Features',
+           'resumable', 'is_resumable', 'relative_error', 'check_cut']
 
 # %% ../nbs/02b_cut.ipynb #90d364aa
 from collections.abc import Iterator
@@ -16,35 +16,44 @@ from numbers import Number
 from typing import NamedTuple
 
 import torch
+from fastai.torch_core import apply
 from torch import Tensor, nn
 
 from .core import bn_layers, held_stats, named_modules
-from .restore import evaluating, kept_rng, standing_in
+from .fixed import fingerprint
+from .restore import evaluating, kept_rng, reseed, standing_in
 
 # %% ../nbs/02b_cut.ipynb #aa010156
 class Call:
     "A module called in a forward pass, and the calls inside"
     def __init__(self, module:nn.Module|None=None, args:tuple=(), kwargs:dict|None=None):
-        self.module,self.args,self.kwargs,self.inner,self.output = module,args,kwargs,[],None
+        self.module,self.args,self.kwargs,self.inner,self.output,self.kept = module,args,kwargs,[],None,None
 
 # %% ../nbs/02b_cut.ipynb #c922177f
+def _watched(model:nn.Module, x:Tensor, keep:nn.Module|None=None) -> Call:
+    "Run `model` on `x`, and note which module called which with what; of what `keep` gives, a copy is kept"
+    stack = [Call()]
+    def enter(module, args, kwargs):
+        stack[-1].inner.append(call := Call(module, args, kwargs))
+        stack.append(call)
+    def leave(module, args, output):
+        call = stack.pop()
+        call.output = output
+        if isinstance(output, Tensor): call.kept = (output.clone() if module is keep else output, output._version)
+    handles = []
+    try:
+        for m in model.modules(): handles += [m.register_forward_pre_hook(enter, with_kwargs=True), m.register_forward_hook(leave)]
+        model(x)
+    finally:
+        for h in handles: h.remove()
+    return stack[0].inner[0]
+
 def watch(
     model:nn.Module, # Any model
     x:Tensor, # Its input
 ) -> Call: # That of `model`
     "Run `model` on `x` in evaluation mode, and note which module called which with what"
-    stack = [Call()]
-    def enter(module, args, kwargs):
-        stack[-1].inner.append(call := Call(module, args, kwargs))
-        stack.append(call)
-    def leave(module, args, output): stack.pop().output = output
-    handles = []
-    try:
-        for m in model.modules(): handles += [m.register_forward_pre_hook(enter, with_kwargs=True), m.register_forward_hook(leave)]
-        with evaluating(model): model(x)
-    finally:
-        for h in handles: h.remove()
-    return stack[0].inner[0]
+    with evaluating(model): return _watched(model, x)
 
 # %% ../nbs/02b_cut.ipynb #62f4c985
 def links(
@@ -124,9 +133,9 @@ def _repeats(call:Call) -> bool:
     if random_layers(layer): return False
     with evaluating(layer), kept_rng():
         layer.train()
-        state = [b.clone() for b in layer.buffers()]
+        state = list(map(fingerprint, layer.buffers()))
         once,again,alone = layer(x.clone()),layer(x.clone()),layer(x[:1].clone())
-        kept = all(torch.equal(a, b) for a,b in zip(state, layer.buffers(), strict=True))
+        kept = state == list(map(fingerprint, layer.buffers()))
     return kept and torch.equal(once, again) and torch.allclose(once[:1], alone)
 
 def _describe(module:nn.Module, model:nn.Module) -> str:
@@ -134,15 +143,13 @@ def _describe(module:nn.Module, model:nn.Module) -> str:
     return f'{type(module).__name__}' + (f' at {name!r}' if name else '')
 
 # %% ../nbs/02b_cut.ipynb #eb8e65b4
-def find_cut(
-    model:nn.Module, # Any model, on the device of `x`
-    x:Tensor, # A few samples
+def cut_of(
+    call:Call, # Of a model, from `watch`
     frozen:set, # Parameters and norm layers of the frozen part
     trained:set, # Those of the trained part
 ) -> Cut:
     "Where the frozen part ends; `ValueError` if the model cannot be cut there, or if a layer before it is random"
-    root = named_modules(model)['']
-    steps,stop = _steps(watch(root, x), trained)
+    root,(steps,stop) = call.module,_steps(call, trained)
     if stop is None: raise ValueError("No module of the model trains: freeze to an earlier point, as by `learn.freeze_to_bn(-1)`.")
     if holds_any(stop.module, frozen): _refuse(stop, root)
     last = max((i for i,s in enumerate(steps) if holds_any(s.call.module, frozen)), default=None)
@@ -150,6 +157,15 @@ def find_cut(
     _refuse_random(root, [s.call for s in steps[:last+1]])
     while last+1 < len(steps) and _repeats(steps[last+1].call): last += 1
     return _cut_after(steps[last], [s.call.module for s in steps[:last+1]])
+
+def find_cut(
+    model:nn.Module, # Any model, on the device of `x`
+    x:Tensor, # A few samples
+    frozen:set, # Parameters and norm layers of the frozen part
+    trained:set, # Those of the trained part
+) -> Cut:
+    "Where the frozen part ends, from one forward pass; `ValueError` as from `cut_of`"
+    return cut_of(watch(named_modules(model)[''], x), frozen, trained)
 
 # %% ../nbs/02b_cut.ipynb #6a1c0687
 def _cut_after(step:_Step, before:list[nn.Module]) -> Cut:
@@ -204,27 +220,87 @@ def is_resumable(
     return any(isinstance(m.__dict__.get('forward'), _FromCut) for m in model.modules())
 
 # %% ../nbs/02b_cut.ipynb #1ae1f5d7
+def relative_error(
+    y:Tensor,
+    exact:Tensor, # What `y` should be
+) -> float:
+    "The largest difference, as a part of the largest value"
+    return ((y - exact).abs().max() / exact.abs().max().clamp(min=1e-8)).item()
+
+def _features(call:Call, cut:Cut, x:Tensor) -> Tensor:
+    "What reached the cut in `call`, or reaches it now if a later module has written to it"
+    *_,innermost = cut.after
+    for m,rest in cut.after.items():
+        x_here,*chain = call.args[0],*call.inner[:len(call.inner) - len(rest) + (m is not innermost)]
+        if any(c.args[0] is not given for c,given in zip(chain, (x_here, *(c.output for c in chain)))): raise ValueError("other layers run")
+        call = chain[-1]
+    features,version = call.kept
+    return features if features is not call.output or features._version == version else cut.features(x)
+
+def _buffers(model:nn.Module, cut:Cut) -> dict[str, bytes]:
+    "Fingerprints of the buffers before the cut by dotted name"
+    inside = {m for before in cut.before for m in before.modules()}
+    own = lambda n,m: ((f'{n}.{k}'.strip('.'), b) for k,b in m.named_buffers(recurse=False))
+    return {k: fingerprint(b) for n,m in named_modules(model).items() if m in inside for k,b in own(n, m)}
+
+def _refuse_differing(features:Tensor, again:Tensor, written:list[str]):
+    if written:
+        raise ValueError("A layer of the frozen part other than batch norm writes to a buffer in training, as a counter, an observer or "
+                         f"spectral norm does: {', '.join(written)}. Freeze to a point before it, take it off, or train without this.")
+    off = relative_error(again.float(), features.float())
+    if not off > (1e-3 if features.dtype == torch.float32 else 2e-2): return # more than rounding differs between kernels and batch sizes
+    raise ValueError(f"What the frozen part gives for a sample differs by {off:.2g} of its size from one run to the next: a layer in it "
+                     "is random in training, keeps a state, or mixes the samples of a batch. Set its rate to 0, or freeze to an earlier "
+                     "point.")
+
+# %% ../nbs/02b_cut.ipynb #a7431da9
 def check_cut(
     model:nn.Module, # Any model
     cut:Cut, # Of it
     x:Tensor, # A few samples
+    call:Call|None=None, # That of `model` for `x`, if it was watched
 ) -> None:
-    "Raise `ValueError` if going on from the features of `x` does not give what the whole model does, in evaluation and in training mode"
-    x = x.nan_to_num() # NaN would hide a difference
-    with evaluating(model): features = cut.features(x)
-    try:
-        for training in (False, True): _compare(model, cut, x, features, training)
+    "Raise `ValueError` if the frozen part is not the same each time, or if going on from it does not give what the whole model does"
+    root = named_modules(model)['']
+    if call is None: call = watch(root, x := x.nan_to_num()) # NaN would hide a difference
+    part = x[::2].flip(0)
+    with evaluating(model), held_stats(dict.fromkeys(bn_layers(model), 'frozen')):
+        with _refusing(model, cut): features = _features(call, cut, x)
+        before = _buffers(root, cut)
+        model.train()
+        with _refusing(model, cut), kept_rng(): again = _watched(root, part, cut.before[-1])
+        with _refusing(model, cut), kept_rng(): features_again = _features(again, cut, part)
+        after = _buffers(root, cut)
+        _refuse_differing(features[::2].flip(0), features_again, [n for n in after if after[n] != before.get(n)])
+        with _refusing(model, cut), resumable(cut):
+            with kept_rng(): _assert_same(_go_on(model, features_again), again.output)
+            _refuse_kept(model, features_again)
+            model.eval()
+            with kept_rng(): _assert_same(_go_on(model, features), call.output)
+
+def _go_on(model:nn.Module, features:Tensor): return model(features.clone().as_subclass(Features))
+
+def _assert_same(a, b): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, check_stride=False, equal_nan=True)
+
+def _refuse_kept(model:nn.Module, features:Tensor):
+    "Raise if the order of the samples tells, as it does for what a module has kept in training mode, but for random layers"
+    for m in filter(is_random, model.modules()): m.training = False
+    outputs = []
+    for seed,x in enumerate((features, features, features.flip(0))):
+        with kept_rng():
+            reseed(seed)
+            outputs.append(_go_on(model, x))
+    try: _assert_same(outputs[0], outputs[1])
+    except AssertionError: return # random by code of its own
+    _assert_same(apply(lambda t: t.flip(0), outputs[2]), outputs[0])
+
+@contextmanager
+def _refusing(model:nn.Module, cut:Cut) -> Iterator[None]:
+    "Raise `ValueError` for whatever the model raises"
+    try: yield
     except (OSError, MemoryError, torch.OutOfMemoryError): raise # of the machine, not of the cut
     except Exception as e:
         through = ' in '.join(_describe(m, model) for m in reversed(cut.after))
         raise ValueError(f"The cut would go through {through}; but what comes behind it depends on more than the output of the frozen part "
                          "(a skip connection, kept state, code between layers, dropout that is no layer: timm has `drop_rate=0`), so "
                          f"the model cannot be cut there: {e}") from e
-
-def _compare(model:nn.Module, cut:Cut, x:Tensor, features:Tensor, training:bool):
-    with evaluating(model), held_stats(dict.fromkeys(bn_layers(model), 'frozen')):
-        model.train(training)
-        with kept_rng(): whole = model(x)
-        with kept_rng(): model(torch.zeros_like(x))
-        with kept_rng(), resumable(cut): resumed = model(features.as_subclass(Features))
-    torch.testing.assert_close(resumed, whole, rtol=1e-3, atol=1e-5, check_stride=False, equal_nan=True)

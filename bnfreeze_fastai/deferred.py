@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 import torch, torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_iter, tree_map
 
 from .convolution import FUNCTIONS, Operation, ScaledConvolution, as_operation, autocast_dtype, kernel_scale, scale_and_shift
@@ -79,6 +80,10 @@ class _DeferredFunction(torch.autograd.Function):
     def backward(ctx, dy:Tensor) -> tuple[Tensor|None, ...]: return None, *ctx.call.gradients(dy, ctx.needs_input_grad[1:])
 
 # %% ../nbs/02e_deferred.ipynb #a9e296c9
+def _transformed() -> bool:
+    "Whether `torch.func`, forward-mode differentiation or a trace is at work, for which these autograd functions have no rules"
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
 _NEED_NO_VALUES = {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, *(getattr(Tensor, name).__get__ for name in (
     'shape', 'ndim', 'dtype', 'device', 'layout', 'is_cuda', 'requires_grad', 'is_leaf', 'grad', '_version'))}
 _ABOUT_AUTOGRAD = {Tensor.register_hook, Tensor.retain_grad, Tensor.detach_, Tensor.requires_grad_, Tensor.requires_grad.__set__,
@@ -86,7 +91,7 @@ _ABOUT_AUTOGRAD = {Tensor.register_hook, Tensor.retain_grad, Tensor.detach_, Ten
 
 def _fusible(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5) -> tuple|None:
     "Of a call of `F.batch_norm` what fusion needs: input, mean, variance, γ, β and ε; `None` if it is not to be fused"
-    if not isinstance(input, Deferred) or training or running_mean is None or running_var is None: return None
+    if not isinstance(input, Deferred) or training or running_mean is None or running_var is None or _transformed(): return None
     if input.looked_at and running_mean not in input.fused_with: return None # checkpointing repeats what was done
     by_channel = [t for t in (running_mean, running_var, weight, bias) if t is not None]
     shape,dtype = input.shape[1:2],input.dtype
@@ -166,7 +171,7 @@ def _deferred_call(uses:Uses, func, input:Tensor, weight:Tensor, bias:Tensor|Non
     batched = input.dim() == weight.dim() == FUNCTIONS[func][0] + 2
     autocast = autocast_dtype(input)
     one_type = autocast or all(t.dtype == input.dtype for t in (weight, bias) if t is not None)
-    if not records or not batched or not one_type or not input.is_floating_point(): return None
+    if not records or not batched or not one_type or not input.is_floating_point() or _transformed(): return None
     try: op = as_operation(func, weight.shape, *args, **kwargs)
     except (TypeError, ValueError): return None # whatever PyTorch makes of it
     shape = None if op is None else op.output_shape(input.shape, weight.shape)

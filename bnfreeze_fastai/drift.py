@@ -11,8 +11,11 @@ __all__ = ['BatchNormDrift']
 # %% ../nbs/05a_drift.ipynb #9dfe93dd
 import pandas as pd
 from fastai.callback.core import Callback
+from fastai.learner import Learner
 from matplotlib.axes import Axes
 from torch import Tensor
+
+from .callback import leave_a_copy
 
 from .plots import plot_bn_drift
 from .stats import bn_drift, snapshot
@@ -22,12 +25,22 @@ class BatchNormDrift(Callback):
     "Record after each training epoch how far each layer's running statistics are from where they were before the first"
     start:dict[str, dict[str, Tensor]] # a snapshot from before the first epoch
     epochs:list[pd.DataFrame] # one of `bn_drift` after each
-    def __init__(self): self.start,self.epochs,self.recording = {},[],False
+    _learn = None
+    def __init__(self): self.start,self.epochs,self.waiting,self.recording = {},[],False,False
 
-    def before_fit(self) -> None:
-        "Start, unless a former fit has; after the model was replaced, start anew"
-        if self.learn.lock.locked(): return # a validation, perhaps inside a fit
-        self.recording,now = not hasattr(self.learn, 'lr_finder'),snapshot(self.learn.model)
+    @property
+    def learn(self) -> Learner|None: return self._learn
+    @learn.setter
+    def learn(self, learn:Learner|None) -> None:
+        if self._learn is not None and leave_a_copy(self, learn): self.start,self.epochs = {},[]
+        self._learn = learn
+
+    def before_fit(self) -> None: self.waiting = self.waiting or not self.learn.lock.locked() # unless a validation calls itself a fit
+
+    def before_train(self) -> None:
+        "Start with a fit, unless a former one has; after the model was replaced, start anew"
+        if not self.waiting: return
+        self.waiting,self.recording,now = False,not hasattr(self.learn, 'lr_finder'),snapshot(self.learn.model)
         if self.recording and not self.start.keys() & now.keys(): self.start,self.epochs = now,[]
 
     def after_train(self) -> None:

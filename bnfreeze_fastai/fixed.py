@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from xxhash import xxh3_128_digest
+from xxhash import xxh3_128
 
 from .core import named_modules
 from .ranks import gathered
+from .restore import plain_parts
 
 # %% ../nbs/02a_fixed.ipynb #c91ad930
 def drop_grads(
@@ -40,10 +41,12 @@ def level_slow_weights(
 
 # %% ../nbs/02a_fixed.ipynb #24adaa74
 def fingerprint(
-    tensor:Tensor, # Of any shape, type and device
+    tensor:Tensor, # Of any shape, type, layout and device; without values on `meta`
 ) -> bytes: # 16 bytes
     "A hash (XXH3) that differs when any bit of `tensor` does, but for odds of about 1 in 2^128"
-    return xxh3_128_digest(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest = xxh3_128()
+    for part in plain_parts(tensor): digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()
 
 # %% ../nbs/02a_fixed.ipynb #fde2de84
 def named_tensors(

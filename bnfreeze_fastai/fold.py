@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .core import is_frozen_norm, keeps_stats
-from .cut import Call, Cut, Features, resumable, watch
-from .frozen_part import WatchFrozen, device_of, find_frozen_part, one_input, ready, relative_error, unchanging
+from .core import Temporary, is_frozen_norm, keeps_stats
+from .cut import Call, Cut, Features, relative_error, resumable, watch
+from .frozen_part import WatchFrozen, device_of, find_frozen_part, one_input, ready, unchanging
 from .loaders import as_in_fit
-from .restore import evaluating, kept_rng
+from .restore import copied_buffers, evaluating, kept_rng
 
 # %% ../nbs/04a_fold.ipynb #0742fe8f
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -42,18 +42,41 @@ def _calls(call:Call) -> Iterator[Call]:
     yield call
     for c in call.inner: yield from _calls(c)
 
+_RECOMPUTES = ('torch.nn.utils.weight_norm', 'torch.nn.utils.spectral_norm', 'torch.nn.utils.prune')
+
+def _only_convolves(conv:nn.Module) -> bool:
+    "Whether `conv` is a convolution with a weight, recomputed in each call or not, and does nothing else"
+    kind = next((t for t in _CONVS if isinstance(conv, t)), None)
+    if kind is None or 'forward' in vars(conv): return False
+    own = any(getattr(type(conv), k) is not getattr(kind, k) for k in ('forward', '_conv_forward', '__call__'))
+    known = all(type(h).__module__ in _RECOMPUTES for h in conv._forward_pre_hooks.values())
+    return known and not own and not conv._forward_hooks
+
+def _only_held(norm:nn.Module) -> bool:
+    "Whether no hooks but those that hold a mode are on `norm`"
+    return all(isinstance(h, Temporary) for h in (*norm._forward_pre_hooks.values(), *norm._forward_hooks.values()))
+
+def _plain(conv:nn.Module, weight:Tensor, bias:Tensor) -> nn.Module:
+    "A convolution as `conv`, with this weight and bias"
+    kind = next(t for t in _CONVS if isinstance(conv, t))
+    keys = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
+    new = kind(**{k: getattr(conv, k) for k in keys}, bias=False, device='meta')
+    new.weight,new.bias = nn.Parameter(weight.detach(), requires_grad=False),nn.Parameter(bias.detach(), requires_grad=False)
+    return new.eval()
+
 def _pairs(model:nn.Module, x:Tensor) -> list[tuple[nn.Module, nn.Module]]: # (convolution, norm layer)
     "The pairs of `model` that can be folded; what is called more than once cannot"
     calls = list(_calls(watch(model, x)))
     times,users = Counter(c.module for c in calls),Counter(id(a) for c in calls for a in c.args)
-    norms = {id(c.args[0]): c.module for c in calls if times[c.module] == 1 and _rest(c.module) is not None}
-    return [(c.module, norms[id(c.output)]) for c in calls if type(c.module) in _CONVS and times[c.module] == 1
+    norms = {id(c.args[0]): c.module for c in calls if times[c.module] == 1 and _rest(c.module) is not None and
+             _only_held(c.module)}
+    return [(c.module, norms[id(c.output)]) for c in calls if _only_convolves(c.module) and times[c.module] == 1
             and id(c.output) in norms and users[id(c.output)] == 1]
 
 # %% ../nbs/04a_fold.ipynb #fb129eed
 def _replace(model:nn.Module, old:nn.Module, new:nn.Module):
     for m in model.modules():
-        for name,child in m.named_children():
+        for name,child in list(m._modules.items()):
             if child is old: setattr(m, name, new)
 
 def folded(
@@ -61,12 +84,15 @@ def folded(
     x:Tensor, # An input for the first
 ) -> nn.Sequential: # In evaluation mode; of images, with weights in `channels_last`
     "A copy of `modules` with batch norm folded into the convolutions"
-    copy = deepcopy(nn.Sequential(*modules)).requires_grad_(False).eval()
+    with evaluating(plain := nn.Sequential(*modules)): plain(x) # a weight that is recomputed has no graph then, and can be copied
+    copy = deepcopy(plain, copied_buffers(plain)).requires_grad_(False).eval()
     for conv,norm in _pairs(copy, x):
         stats = norm.running_mean,norm.running_var,norm.eps
-        conv.weight,conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *stats, norm.weight, norm.bias)
+        _replace(copy, conv, _plain(conv, *fuse_conv_bn_weights(conv.weight, conv.bias, *stats, norm.weight, norm.bias)))
         _replace(copy, norm, _rest(norm))
-    return copy.to(memory_format=torch.channels_last) if x.ndim == 4 else copy
+    for p in copy.parameters():
+        if p.ndim == x.ndim == 4: p.data = p.data.contiguous(memory_format=torch.channels_last)
+    return copy
 
 # %% ../nbs/04a_fold.ipynb #feb4e33a
 @contextmanager
@@ -96,7 +122,7 @@ def _check_folded(copy:nn.Sequential, before:list[nn.Module], x:Tensor):
     "Raise `ValueError` if `copy` is more than 1e-4 off what `before` gives in double precision, and twice as far as `before` itself"
     plain = nn.Sequential(*before)
     with evaluating(plain), torch.no_grad():
-        exact = deepcopy(plain).double()(x.double())
+        exact = deepcopy(plain, copied_buffers(plain)).double()(x.double())
         off,own = (relative_error(y, exact) for y in (copy(_channels_last(x)), plain(x)))
     if off > max(1e-4, 2*own):
         raise ValueError(f"Folded, the frozen part is off by {off:.1e} of the size of its output, more than 1e-4: code of its own uses "

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['frozen_and_trained', 'refuse_setting', 'one_input', 'device_of', 'autocast', 'relative_error', 'check_features',
-           'find_frozen_part', 'fingerprints', 'unchanging', 'WatchFrozen', 'ready']
+__all__ = ['N_TRIED', 'frozen_and_trained', 'refuse_setting', 'one_input', 'device_of', 'autocast', 'find_frozen_part',
+           'fingerprints', 'unchanging', 'WatchFrozen', 'ready']
 
 # %% ../nbs/03b_frozen_part.ipynb #5001668f
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import model_inputs
 from .callback import frozen_in_force, planned_modes
-from .core import MODES, affine_params, bn_layers, held_stats, keeps_stats, norm_layers, refuse_compiled
-from .cut import Cut, check_cut, find_cut, holds_any, is_resumable
+from .core import MODES, affine_params, keeps_stats, named_modules, norm_layers, refuse_compiled
+from .cut import Cut, check_cut, cut_of, holds_any, is_resumable, watch
 from .fixed import fingerprint
 from .policy import layer_groups
 from .ranks import is_distributed
-from .restore import evaluating, kept_rng, standing_in
+from .restore import standing_in
 
 # %% ../nbs/03b_frozen_part.ipynb #4e94d29b
 def _moves(layer:nn.Module, mode:str) -> bool:
@@ -89,46 +89,18 @@ def autocast(
     if mixed is None or device_of(learn).type != 'cuda': return nullcontext()
     return torch.autocast('cuda', dtype=torch.bfloat16 if mixed.amp_mode == AMPMode.BF16 else torch.float16)
 
-# %% ../nbs/03b_frozen_part.ipynb #551514a3
-def relative_error(
-    y:Tensor,
-    exact:Tensor, # What `y` should be
-) -> float:
-    "The largest difference, as a part of the largest value"
-    return ((y - exact).abs().max() / exact.abs().max().clamp(min=1e-8)).item()
-
-_N_TRIED = 8 # enough for layers that are random by sample or by pixel, and little beside a data set
-
-def check_features(
-    learn:Learner,
-    cut:Cut,
-    x:Tensor, # Samples; the first of them are tried
-) -> None:
-    "Raise `ValueError` if what comes before `cut` does not give the same for the same sample"
-    norms = [l for m in cut.before for l in bn_layers(m)]
-    with evaluating(learn.model), kept_rng(), autocast(learn):
-        x = x[:_N_TRIED]
-        once,before = cut.features(x)[::2],fingerprints(cut)
-        learn.model.train()
-        with held_stats(dict.fromkeys(norms, 'frozen')): twice = cut.features(x[::2])
-        writes = fingerprints(cut) != before
-    if writes: raise ValueError("A layer of the frozen part other than batch norm writes to a buffer in training, as a counter or an "
-                                "observer does: freeze to a point before it, or train without this.")
-    off = relative_error(twice.float(), once.float())
-    if not off > (1e-3 if once.dtype == torch.float32 else 2e-2): return # more than rounding differs between kernels and batch sizes
-    raise ValueError(f"What the frozen part gives for a sample differs by {off:.2g} of its size from one run to the next: a layer in it "
-                     "is random in training, keeps a state, or mixes the samples of a batch. Set its rate to 0, or freeze to an earlier "
-                     "point.")
-
 # %% ../nbs/03b_frozen_part.ipynb #578debd8
+N_TRIED = 8 # enough for layers that are random by sample or by pixel, and little beside a data set
+
 def find_frozen_part(
     learn:Learner, # With an optimizer; its model on the device of `x`
     x:Tensor, # Samples, as a fit gives them to the model
 ) -> Cut:
     "Where the frozen part of the model ends; `ValueError` if there is none, or it cannot be run on its own"
-    cut = find_cut(learn.model, x[:2], *frozen_and_trained(learn))
-    check_features(learn, cut, x)
-    check_cut(learn.model, cut, x[:2])
+    divided,x = frozen_and_trained(learn),x[:N_TRIED].nan_to_num() # NaN would hide a difference
+    call = watch(named_modules(learn.model)[''], x)
+    cut = cut_of(call, *divided)
+    check_cut(learn.model, cut, x, call)
     return cut
 
 def fingerprints(

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from .convolution import FUNCTIONS
-from .core import keeps_stats, named_modules, norm_layers, refuse_compiled
+from .core import Temporary, clean_copies, keeps_stats, named_modules, norm_layers, refuse_compiled
 from .deferred import Deferred, Uses, defer
 from .restore import standing_in
 
@@ -43,9 +43,8 @@ class _Deferring(TorchFunctionMode):
         plain = all(t is Tensor or t is nn.Parameter for t in types)
         return defer(self.uses, func, *args, **kwargs or {}) if plain and func in FUNCTIONS else func(*args, **kwargs or {})
 
-class _Site:
-    "Stands in for the `forward` of a convolution, and defers its output; in a copy or pickle it only calls it"
-    defers,uses = False,None
+class _Site(Temporary):
+    "Stands in for the `forward` of a convolution, and defers its output"
     def __init__(self, conv:nn.Module, names:Mapping[Tensor, str]): self.conv,self.defers,self.uses = conv,True,Uses(names)
 
     def __call__(self, *args, **kwargs):
@@ -57,25 +56,18 @@ class _Site:
         in_backward = torch._C._current_graph_task_id() != -1 # in which checkpointing repeats what was done
         if self.defers and self.uses.looked_at and self.uses.had_backward and not in_backward: self.defers = False
 
-    def __getstate__(self): return {'conv': self.conv}
-
-def _forget_copied(conv:nn.Module):
-    "Remove what is left of a stand-in in the copy of a model"
-    own = vars(conv).get('forward')
-    if isinstance(own, _Site) and own.uses is None: del conv.forward
-
 # %% ../nbs/02f_fuse.ipynb #846f52d3
-class Fusion:
+class Fusion(Temporary):
     "Which convolutions of a model run as one with batch norm"
     def __init__(self, model:nn.Module):
         names = {l.running_mean: n for n,l in norm_layers(model).items() if keeps_stats(l)}
         sizes = {len(mean) for mean in names if not is_lazy(mean)}
         n_out = lambda m: m.out_features if isinstance(m, nn.Linear) else m.out_channels
         convs = {n: m for n,m in named_modules(model).items() if isinstance(m, (_ConvNd, nn.Linear)) and n_out(m) in sizes}
-        for m in convs.values(): _forget_copied(m)
-        self.sites = {n: _Site(m, names) for n,m in convs.items() if 'forward' not in vars(m)}
+        self.sites,self.ran = {n: _Site(m, names) for n,m in convs.items() if 'forward' not in vars(m)},False
 
-    def finish(self, model:nn.Module, args:tuple[Any, ...], output:Any) -> Any: # after a forward pass
+    def __call__(self, model:nn.Module, args:tuple[Any, ...], output:Any) -> Any: # after a forward pass, as a hook of the model
+        self.ran = True
         for site in self.sites.values():
             for out in list(site.uses.outputs.values()): out.value()
         if any(isinstance(t, Deferred) for t in tree_iter(output)):
@@ -84,15 +76,14 @@ class Fusion:
     @property
     def pairs(self) -> pd.DataFrame: # `convolution` and `batch_norm`, dotted names
         "What has run as one so far, and still does"
-        found = [(n, norm) for n,site in self.sites.items() if not site.uses.looked_at for norm in sorted(site.uses.norms, key=str)]
+        found = [(n, norm) for n,site in self.sites.items() if not site.uses.looked_at for norm in sorted(site.uses.norms - {None}, key=str)]
         return pd.DataFrame(found, columns=['convolution', 'batch_norm'])
-
-    def __getstate__(self) -> dict[str, Any]: return dict(sites={}) # of a copy of the model, which fuses nothing
 
 def refuse_fusion(
     model:nn.Module,
 ) -> None:
-    "Raise `ValueError` if `model` was compiled or is spread over devices by `DataParallel`"
+    "Raise `ValueError` if `model` is none, was compiled or is spread over devices by `DataParallel`"
+    named_modules(model)
     refuse_compiled(model, "so what it runs cannot be changed from outside: train it uncompiled, or without fusion.")
     if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in model.modules()):
         raise ValueError("`DataParallel` copies the model in each step, which cannot be fused: use `DistributedDataParallel`.")
@@ -105,8 +96,9 @@ def fused_bn(
     refuse_fusion(model)
     fusion = Fusion(model)
     with ExitStack() as stack:
-        stack.callback(model.register_forward_hook(fusion.finish).remove)
-        for site in fusion.sites.values(): stack.enter_context(standing_in(site.conv, {'forward': site}))
+        stack.enter_context(standing_in(model, clean_copies(model)))
+        stack.callback(model.register_forward_hook(fusion).remove)
+        for site in fusion.sites.values(): stack.enter_context(standing_in(site.conv, {'forward': site, **clean_copies(site.conv)}))
         yield fusion
 
 # %% ../nbs/02f_fuse.ipynb #22c57df5
@@ -115,6 +107,7 @@ def kept_bytes(
     *inputs:Any, # As the model takes them
 ) -> int: # Of storage, parameters aside
     "How much autograd keeps for the backward pass of `model(*inputs)`"
+    named_modules(model)
     sizes,own = {},{p.untyped_storage().data_ptr() for p in model.parameters()}
     def pack(t):
         sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()

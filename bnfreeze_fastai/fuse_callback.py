@@ -14,19 +14,22 @@ from contextlib import ExitStack
 
 import pandas as pd
 from fastai.learner import Callback, Learner
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .callback import active_callback, planned_modes
-from .core import MODES, bn_layers
-from .fuse import fused_bn
+from .callback import active_callback, leave_a_copy, modes_in_force, planned_modes
+from .core import MODES, keeps_stats, norm_layers
+from .fuse import Fusion, fused_bn
 
 # %% ../nbs/03c_fuse_callback.ipynb #d9d1d9b6
+def _no_pairs() -> pd.DataFrame: return pd.DataFrame(columns=['convolution', 'batch_norm'])
+
 class BatchNormFuse(Callback):
     "In every training epoch, run each convolution and the batch norm on fixed statistics after it as one"
     _learn,_stateattrs = None,('_block', '_fusion')
 
     def __init__(self):
         self._init_state()
-        self.pairs = pd.DataFrame(columns=['convolution', 'batch_norm']) # of the last epoch, or of the last stage of a schedule in it
+        self.pairs = _no_pairs() # of the last epoch, or of the last stage of a schedule in it
 
     def _init_state(self): self._block,self._fusion = ExitStack(),None
 
@@ -35,6 +38,7 @@ class BatchNormFuse(Callback):
     @learn.setter
     def learn(self, learn:Learner|None) -> None:
         self._block.close()
+        if self._learn is not None and leave_a_copy(self, learn): self.pairs = _no_pairs()
         self._learn = learn
 
     def before_train(self) -> None: self._start()
@@ -55,10 +59,22 @@ class BatchNormFuse(Callback):
         "Leave the model as it was, and note what was fused"
         self._block.close()
         if self._fusion is None: return
-        self.pairs,self._fusion = self._fusion.pairs,None
-        modes = [mode for stage in planned_modes(self.learn) for mode in stage.values()]
-        if all(l.training for l in bn_layers(self.learn.model)) and all(MODES[mode].updates_stats for mode in modes): warnings.warn(
-            "There was nothing to fuse: every batch norm layer was on the statistics of the batch. Set a mode that fixes them where the "
-            "network trains, as by `learn.freeze_to_bn(0, bn_above='affine-only')`.")
+        fusion,self._fusion = self._fusion,None
+        self.pairs = fusion.pairs
+        why = self._why_nothing(fusion) if self.pairs.empty else None
+        if why: warnings.warn(f"There was nothing to fuse: {why}.")
+
+    def _why_nothing(self, fusion:Fusion) -> str|None: # None if it may be otherwise once more of the network trains
+        layers = {n: l for n,l in norm_layers(self.learn.model).items() if isinstance(l, _BatchNorm) and keeps_stats(l)}
+        if not layers: return "the model has no batch norm layer of PyTorch's with running statistics"
+        modes = [mode for stage in planned_modes(self.learn) for n,mode in stage.items() if n in layers]
+        if all(l.training for l in layers.values()) and all(MODES[mode].updates_stats for mode in modes):
+            return ("every batch norm layer was on the statistics of the batch. Set a mode that fixes them where the network trains, as "
+                    "by `learn.freeze_to_bn(0, bn_above='affine-only')`")
+        now = modes_in_force(self.learn)
+        fixed = any(not l.training or not MODES[now[n]].updates_stats for n,l in layers.items())
+        if fixed and fusion.ran and all(site.conv.weight.requires_grad for site in fusion.sites.values()):
+            return ("no batch norm on fixed statistics could run as one with a convolution or linear layer before it. Batch norm that "
+                    "comes first, a hook between the two or a second use of the output, among others, rule it out")
 
     after_cancel_epoch = after_cancel_fit = after_train

@@ -29,13 +29,16 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from . import fold, plots, stats
+from .batches import check_batches, wrong
 from .callback import BatchNormFreeze, active_callback, frozen_in_force, modes_in_force
-from .core import affine_params, norm_layers, stats_buffers
+from .core import MODES, affine_params, keeps_stats, mode_name, norm_layers, stats_buffers, updates_stats
 from .drift import BatchNormDrift
 from .fixed import level_slow_weights
 from .fuse import refuse_fusion
 from .fuse_callback import BatchNormFuse
+from .guard import look_moving, other_buffers
 from .loaders import as_in_fit
+from .point import thawed_by_hand, unknown_to_optimizer
 from .policy import ModeSpec, Policy, check_policy, layer_groups
 from .precompute import precomputed
 from .stats import Snapshot
@@ -43,8 +46,9 @@ from .stats import Snapshot
 # %% ../nbs/06_learner.ipynb #7800e28c
 def _check_freeze_point(learn:Learner, n:int) -> int:
     "`n` as an `int`, if it is a freeze point of `learn`; the optimizer is made if need be"
-    try: n = index(n)
-    except TypeError: raise ValueError(f"The freeze point has to be an integer, not {n!r} of type {type(n).__name__}.") from None
+    try: n = index(None if isinstance(n, bool) else n)
+    except TypeError: raise ValueError(f"The freeze point has to be an integer, not {n!r} of type {type(n).__name__}; modes are given by "
+                                       "name: `learn.freeze_to_bn(-1, bn='frozen')`.") from None
     had_opt = learn.opt is not None
     if not had_opt: learn.create_opt()
     n_groups = len(learn.opt.param_lists)
@@ -84,8 +88,9 @@ class BatchNormSummary:
     def __init__(self,
         df:pd.DataFrame, # One row per norm layer
         title:str, # The policy and the freeze point in words
+        notes:Iterable[str]=(), # What is not as the freeze point and the policy would have it, a sentence each
     ):
-        self.df,self.title = df,title
+        self.df,self.title,self.notes = df,title,[*notes]
 
     def _counts(self) -> str:
         if self.df.empty: return 'This model has no norm layers: batch norm modes change nothing here.'
@@ -96,7 +101,7 @@ class BatchNormSummary:
         return self.df.assign(**as_text).astype({'batches_tracked': 'string'}).fillna({'batches_tracked': ''})
 
     def __repr__(self) -> str:
-        return '\n'.join([self.title, *([] if self.df.empty else [self._table().to_string(index=False)]), self._counts()])
+        return '\n'.join([self.title, *([] if self.df.empty else [self._table().to_string(index=False)]), self._counts(), *self.notes])
     def _repr_html_(self) -> str:
         table = '' if self.df.empty else self._table().to_html(index=False, notebook=False, border=0)
         return f'<p>{escape(self.title, quote=False)}</p>{table}<p>{self._counts()}</p>'
@@ -120,19 +125,38 @@ def _title(learn:Learner, cb:BatchNormFreeze|None) -> str:
     frozen = frozen_in_force(learn)
     return '; '.join([*policy, f'{sum(frozen)} of {len(frozen)} parameter groups frozen'])
 
+def _notes(learn:Learner, cb:BatchNormFreeze|None) -> list[str]:
+    "Which rule decided where it was not the freeze point alone, and what no mode governs"
+    groups,buffers = learn.opt.param_lists,look_moving(other_buffers(learn.model))
+    told = {'The optimizer does not know these, so they do not train (`learn.create_opt()`)': unknown_to_optimizer(learn.model, groups),
+            'Buffers of the frozen part that no mode governs': dict.fromkeys([*buffers, *([] if cb is None else cb.moving_buffers)])}
+    if cb is not None:
+        now = cb.look()
+        thawed,whole = thawed_by_hand(learn.model, groups, now)
+        told |= {'Frozen by hand, so in the mode of the frozen part': sorted(now.by_hand), 'Thawed by hand below the freeze point': thawed,
+                 'Parameter groups thawed by hand, so in the mode of the trained part': map(str, whole)}
+    return [f"{what}: {', '.join(names)}." for what,names in ((what, [*names]) for what,names in told.items()) if names]
+
+def _shown_mode(layer, mode:str, known:set) -> str:
+    "`mode`, but for a half that cannot follow it: statistics that are switched off, weight and bias that the optimizer does not have"
+    (updates,trains),params = MODES[mode],affine_params(layer)
+    if keeps_stats(layer): updates = updates and updates_stats(layer)
+    if params and known.isdisjoint(params): trains = trains and any(p.requires_grad for p in params)
+    return mode_name(updates, trains)
+
 # %% ../nbs/06_learner.ipynb #7c2ab8f9
 @patch
 def bn_summary(self:Learner) -> BatchNormSummary: # Columns of `.df`: see the table below
     "Every norm layer with its parameter group, mode and tensors, and how far it has moved; makes the optimizer if there is none"
     if self.opt is None: self.create_opt()
     cb,layers,groups = active_callback(self),norm_layers(self.model),layer_groups(self.model, self.opt.param_lists)
-    modes = modes_in_force(self)
-    rows = [dict(layer=n, type=type(l).__name__, group=groups[n], mode=modes[n],
+    modes,known = modes_in_force(self),{p for group in self.opt.param_lists for p in group}
+    rows = [dict(layer=n, type=type(l).__name__, group=groups[n], mode=_shown_mode(l, modes[n], known),
                  affine_trainable=any(p.requires_grad for p in affine_params(l)),
                  momentum=getattr(l, 'momentum', None), batches_tracked=_batches_tracked(l)) for n,l in layers.items()]
     columns = ['layer', 'type', 'group', 'mode', 'affine_trainable', 'momentum', 'batches_tracked']
     df = pd.DataFrame(rows, columns=columns).astype({'momentum': 'float', 'batches_tracked': 'Int64'})
-    return BatchNormSummary(df.merge(stats.moved(self.model, {} if cb is None else cb.bn_start), on='layer'), _title(self, cb))
+    return BatchNormSummary(df.merge(stats.moved(self.model, {} if cb is None else cb.bn_start), on='layer'), _title(self, cb), _notes(self, cb))
 
 # %% ../nbs/06_learner.ipynb #e31d017f
 class _AsInFit:
@@ -145,8 +169,11 @@ class _AsInFit:
 def _batches(learn:Learner, ds_idx:int, dl:Iterable|None) -> dict:
     "The batches meant and how to take them, as arguments for `stats`; the model moves to the device of the data, as in a fit"
     n = len(getattr(learn.dls, 'loaders', []))
-    if dl is None:
-        if not isinstance(ds_idx, Integral) or not -n <= ds_idx < n:
+    if dl is not None: check_batches(dl, 'dl')
+    else:
+        if not isinstance(ds_idx, Integral) or isinstance(ds_idx, bool):
+            raise wrong('ds_idx', ds_idx, 'the number of a dataset of the Learner', 'give a loader as `dl=…`')
+        if not -n <= ds_idx < n:
             raise ValueError(f"`ds_idx` is {ds_idx!r}, but this Learner has {n} datasets: choose from {-n} to {n-1}, "
                              "or give a loader as `dl`.")
         dl = learn.dls[ds_idx]
@@ -178,7 +205,7 @@ def bn_shift(self:Learner,
     ds_idx:int=0, # Dataset of the Learner to take batches from
     dl:Iterable[Any]|None=None, # Loader to take them from instead
     n_batches:int|None=None, # Use so many; all if not given
-) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats); NaN for layers that no batch reaches
+) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats); NaN where it cannot be measured
     "How foreign data is to the network, layer by layer: how far its statistics are from those stored; changes nothing"
     return stats.bn_shift(self.model, n_batches=n_batches, **_batches(self, ds_idx, dl))
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 __all__ = ['Observer', 'ByBatch', 'OneByOne', 'observe']
 
 # %% ../nbs/01c_observe.ipynb #1bdcb43e
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import reduce
 from graphlib import CycleError, TopologicalSorter
@@ -22,7 +23,7 @@ from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .batches import check_device, model_inputs, with_progress
+from .batches import check_batches, check_device, model_inputs, with_progress
 from .core import is_compiled, named_modules
 from .moments import Moments, batch_moments, instance_moments, pool
 from .ranks import on_all_ranks, this_rank
@@ -40,11 +41,16 @@ class Observer(TorchFunctionMode):
     ):
         super().__init__()
         self.names,self.seen,self.paths,self.order = names,[],set(),None
+        self.empty,self.elsewhere = set(),set() # names of layers that were given no values, and whose mean something else computed with
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         call = _SIGNATURES[func].bind(*args, **(kwargs or {})).arguments if func in _MOMENTS else {}
-        if call.get('running_mean') not in self.names or not call['input'].numel(): return func(*args, **(kwargs or {}))
-        return self.normalise(func, call, self.names[call['running_mean']])
+        name = self.names.get(call.get('running_mean'))
+        if name is not None and call['input'].numel(): return self.normalise(func, call, name)
+        if name is not None: self.empty.add(name)
+        elif getattr(func, '__name__', '') != '__get__': # an attribute, such as the device
+            self.elsewhere |= {self.names[t] for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor) and t in self.names}
+        return func(*args, **(kwargs or {}))
 
     def measure(self,
         func:Callable, # `F.batch_norm` or `F.instance_norm`
@@ -144,13 +150,20 @@ def _one_pass(model:nn.Module, batches:Iterable, observer:Observer, n_inp:int|No
     return found,count
 
 # %% ../nbs/01c_observe.ipynb #b8cefbde
-def _check_passes(observer:Observer, batches:Iterable, n_batches:int|None):
+def _check_passes(observer:Observer, batches:Iterable, n_batches:int|None, n_inp:int|None):
     "Raise `ValueError` if `batches` cannot be gone through as `observer` wants"
-    if n_batches is not None and (not isinstance(n_batches, Integral) or n_batches < 1):
-        raise ValueError(f"`n_batches` is {n_batches!r}: give a whole number from 1 up, or None for all batches.")
+    check_batches(batches)
+    for name,n,all_of in (('n_batches', n_batches, 'all batches'), ('n_inp', n_inp, 'all elements but the last')):
+        if n is not None and (not isinstance(n, Integral) or isinstance(n, bool) or n < 1):
+            raise ValueError(f"`{name}` is {n!r}: give a whole number from 1 up, or None for {all_of}.")
     if isinstance(observer, OneByOne) and isinstance(batches, Iterator):
         raise ValueError("method='sequential' goes through the batches once for each layer, but these can be gone through once only: "
                          "give a list or a DataLoader.")
+
+def _warn_of_fewer(n_batches:int|None, counts:Sequence[int]):
+    "Warn, on one rank, if any had fewer batches than were asked for"
+    if n_batches is None or this_rank() or not 0 < min(counts) < n_batches: return
+    warnings.warn(f"`n_batches` is {n_batches}, but there are only {min(counts)} batches: all of them were used.", stacklevel=5)
 
 def observe(
     model:nn.Module, # Wrapped or not
@@ -161,7 +174,7 @@ def observe(
     progress:bool=True, # Show a progress bar?
 ) -> tuple[dict[str, Moments], int]: # What each layer saw, by name, and the number of batches, over all ranks
     "Run `model` over `batches`, in as many passes as `observer` wants"
-    _check_passes(observer, batches, n_batches)
+    _check_passes(observer, batches, n_batches, n_inp)
     root,found,more = named_modules(model)[''],{},True
     show = progress and this_rank() == 0
     bar = None
@@ -177,4 +190,5 @@ def observe(
         more = observer.another_pass(new, [path for each in paths for path in sorted(each)])
         if show and bar is None and observer.order: bar = progress_bar(None, total=len(observer.order)) # of layers, from now on
         if bar is not None: bar.update(bar.total - len(observer.order))
+    _warn_of_fewer(n_batches, counts)
     return found,sum(counts)

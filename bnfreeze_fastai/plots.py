@@ -15,13 +15,23 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
+from .batches import wrong
+
 # %% ../nbs/05_plots.ipynb #7c30211e
+def _check(df, columns:tuple, source:str, ax=None):
+    "Raise `ValueError` unless `df` is a table with `columns`, and `ax` what can be drawn into"
+    if not isinstance(df, pd.DataFrame): raise wrong('the first argument', df, f'a DataFrame {source}')
+    missing = [c for c in columns if c not in list(df.columns)]
+    if missing: raise ValueError(f"There is no column {', '.join(map(repr, missing))}: the table has {', '.join(map(repr, df.columns))}.")
+    if not isinstance(ax, (Axes, type(None))): raise wrong('ax', ax, 'Axes of matplotlib, or None')
+
 def plot_scores(
     runs:pd.DataFrame, # One row per run: `policy`, `seed` and the column `score`
     score:str='accuracy', # Column to show
     ax:Axes|None=None, # Axes to draw into; made if not given
 ) -> Axes: # The axes drawn into
     "Each run as a dot, policies side by side in the order of `runs`, with mean and standard deviation over seeds"
+    _check(runs, ('policy', score), 'with one row per run', ax)
     if ax is None: _,ax = plt.subplots(figsize=(6, 3.5), layout='constrained')
     policies = list(dict.fromkeys(runs['policy']))
     at = runs['policy'].map(policies.index)
@@ -40,6 +50,7 @@ def plot_differences(
     ax:Axes|None=None, # Axes to draw into; made if not given
 ) -> Axes: # The axes drawn into
     "Each pair's difference with its interval, in the order of `table` from the top"
+    _check(table, ('a', 'b', 'difference', 'low', 'high', 'verdict'), 'from `paired_differences`', ax)
     if ax is None: _,ax = plt.subplots(figsize=(6, 0.8+0.3*len(table)), layout='constrained')
     for y,row in enumerate(table.itertuples()):
         error = None if np.isnan(row.low) else [[row.difference-row.low], [row.high-row.difference]]
@@ -59,6 +70,7 @@ def plot_score_curves(
     ax:Axes|None=None, # Axes to draw into; made if not given
 ) -> Axes: # The axes drawn into
     "Mean and standard deviation over seeds along `x`, a line for each policy"
+    _check(runs, ('policy', x, score), 'with one row per run', ax)
     if ax is None: _,ax = plt.subplots(figsize=(6, 3.5), layout='constrained')
     for i,(policy,group) in enumerate(runs.groupby('policy', sort=False)):
         spread = group.groupby(x)[score].agg(['mean', 'std'])
@@ -77,6 +89,7 @@ def plot_trials(
     ax:Axes|None=None, # Axes to draw into; made if not given
 ) -> Axes: # The axes drawn into
     "Validation loss against the length of the trial, by candidate"
+    _check(trials, ('candidate', 'train_batches', 'valid_loss'), 'with one row per trial', ax)
     if ax is None: _,ax = plt.subplots(figsize=(6, 3.5), layout='constrained')
     for i,(name,group) in enumerate(trials.groupby('candidate', sort=False)):
         mean = group.groupby('train_batches')['valid_loss'].mean()
@@ -102,6 +115,7 @@ def plot_bn_drift(
     ax:Axes|None=None, # Axes to draw into; made if not given
 ) -> Axes: # The axes drawn into
     "Layers by depth, epochs as colour: where the statistics moved"
+    _check(drift, ('layer',), 'from `bn_drift`, `bn_shift` or `recalibrate_bn`', ax)
     known = [c for c in drift.columns if c not in ('layer', 'epoch')]
     if value not in known: raise ValueError(f"There is no column {value!r}: choose one of {', '.join(map(repr, known))}.")
     if ax is None: _,ax = plt.subplots(figsize=(7, 4), layout='constrained')

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ModeSpec', 'Schedule', 'Policy', 'check_policy', 'check_schedule', 'stages', 'layer_groups', 'frozen_groups',
-           'layer_modes']
+__all__ = ['ModeSpec', 'Schedule', 'Policy', 'check_policy', 'check_schedule', 'stages', 'Stages', 'layer_groups',
+           'frozen_groups', 'layer_modes']
 
 # %% ../nbs/01_policy.ipynb #428dc1e3
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from numbers import Real
 from typing import NamedTuple
@@ -84,6 +84,23 @@ def stages(
     for at,change in schedule.items(): res.append((at, res[-1][1]._replace(**change)))
     return res
 
+# %% ../nbs/01_policy.ipynb #6e6ebd0a
+class Stages:
+    "The policies of one fit, and which of them is in force"
+    def __init__(self,
+        policy:Policy, # At the start
+        schedule:Schedule, # From `check_schedule`
+    ): self.steps,self.now = stages(policy, schedule),0
+
+    @property
+    def policy(self) -> Policy: return self.steps[self.now][1]
+
+    def due(self,
+        done:float, # Fraction of the fit that is over
+    ) -> int: # Index of the stage, for `now`
+        "The stage to be in; never an earlier one again, whatever a loader says of its length"
+        return max(self.now, sum(at <= done + 1e-9 for at,_ in self.steps) - 1) # 0.7 of a fit is also where it was rounded
+
 # %% ../nbs/01_policy.ipynb #9a33432d
 def layer_groups(
     model:nn.Module,
@@ -95,18 +112,19 @@ def layer_groups(
     res,previous = {},0
     for name,m in modules.items():
         own = [group_of[p] for p in m.parameters(recurse=False) if p in group_of]
-        if name in norms: res[name] = own[0] if own else _nearest_group(name, modules, group_of, previous)
+        if name in norms: res[name] = own[0] if own else _nearest_group(name, modules, group_of, previous, max(len(groups)-1, 0))
         if own: previous = own[-1]
     return res
 
 # %% ../nbs/01_policy.ipynb #845f37ab
-def _nearest_group(name:str, modules:Mapping[str, nn.Module], group_of:Mapping[nn.Parameter, int], previous:int) -> int:
-    "The one group of the nearest ancestor of `name` that has parameters, or `previous` if that one spans several"
+def _nearest_group(name:str, modules:Mapping[str, nn.Module], group_of:Mapping[nn.Parameter, int], previous:int, last:int) -> int:
+    "The one group of the nearest ancestor of `name` that has parameters; `previous` if that one spans several, or is the model"
+    layer = modules[name]
     while name:
         name = name.rpartition('.')[0]
         found = {group_of[p] for p in modules[name].parameters() if p in group_of} if name in modules else set()
-        if found: return found.pop() if len(found) == 1 else previous
-    return previous
+        if found and name: return found.pop() if len(found) == 1 else previous
+    return last if any(p.requires_grad for p in layer.parameters()) else previous
 
 # %% ../nbs/01_policy.ipynb #fcc3c453
 def frozen_groups(
@@ -118,7 +136,8 @@ def frozen_groups(
     of_norms = norm_params(model)
     by_point = [i < n for i in range(len(groups))]
     others = [[p.requires_grad for p in group if p not in of_norms] for group in groups]
-    return [not any(trains) if trains else frozen for trains,frozen in zip(others, by_point)]
+    agreed = [{*trains} for trains in others]
+    return [not trains.pop() if len(trains) == 1 else frozen for trains,frozen in zip(agreed, by_point)]
 
 # %% ../nbs/01_policy.ipynb #81ac58a2
 def layer_modes(
@@ -126,8 +145,9 @@ def layer_modes(
     groups:Sequence[Sequence[nn.Parameter]], # Parameter groups, as in `opt.param_lists`
     frozen:Sequence[bool], # For each group, whether it is frozen
     policy:Policy,
+    by_hand:Set[str]=frozenset(), # Norm layers of trained groups that somebody froze: they count as frozen
 ) -> dict[str, str]: # Name of each norm layer to its mode
     "What `policy` says for each norm layer; those frozen by construction are `'frozen'` whatever it says"
     norms = norm_layers(model)
-    return {n: 'frozen' if is_frozen_norm(norms[n]) else policy.mode(n, frozen[group] if frozen else False)
+    return {n: 'frozen' if is_frozen_norm(norms[n]) else policy.mode(n, n in by_hand or bool(frozen) and frozen[group])
             for n,group in layer_groups(model, groups).items()}

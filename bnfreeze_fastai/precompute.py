@@ -15,7 +15,7 @@ The Learner keeps its model, optimizer and data loaders. A callback puts stored 
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['DTYPES', 'FeatureBatches', 'ServeFeatures', 'precomputed']
+__all__ = ['DTYPES', 'FeatureBatches', 'Origin', 'ServeFeatures', 'precomputed']
 
 # %% ../nbs/04_precompute.ipynb #7b6bb57d
 from collections import Counter
@@ -30,14 +30,16 @@ from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import GetAttr
+from torch import Tensor
 
 from .batches import with_progress
 from .cut import Cut, Features, resumable
-from .frozen_part import (WatchFrozen, autocast, check_features, device_of, find_frozen_part, one_input, ready,
+from .frozen_part import (N_TRIED, WatchFrozen, autocast, device_of, find_frozen_part, frozen_and_trained, one_input, ready,
                                          refuse_setting, unchanging)
-from .loaders import (as_in_fit, check_loader, first_batch, in_order, index_batches, n_samples, random_transforms,
-                                     refuse_random, same_source, seeing_crops, source)
+from .loaders import (Contents, as_in_fit, batch_size, check_loader, in_order, index_batches, n_samples, same_source,
+                                     source)
 from .restore import evaluating, kept_rng
+from .samples import Spots, random_transforms, refuse_random, refuse_skipped, watched
 from .store import Store
 
 # %% ../nbs/04_precompute.ipynb #2c3c1753
@@ -73,24 +75,28 @@ def _data(learn:Learner, n_aug:int|None) -> list[_Data]:
     if not data: raise ValueError("The Learner has no training or validation samples to run: give it data, as by `learn.dls = …`.")
     return data
 
-def _find_and_check(learn:Learner, data:list[_Data]) -> Cut:
-    "The cut, tried on a first batch of each loader"
-    cut = None
+def _spots(data:list[_Data]) -> dict[str, Spots]: # By name of the loader
+    "Samples spread over the data, if they are the same each time"
     for d in data:
         if not d.augmented: refuse_random(random_transforms(d.dl), d.name)
-    for d in data:
-        x = as_in_fit(one_input(learn, first_batch(d.dl, d.name, twice=not d.augmented)), device_of(learn))
-        if cut is None: cut = find_frozen_part(learn, x)
-        else: check_features(learn, cut, x)
-    return cut
+    return {d.name: Spots(d.dl, d.name, d.augmented) for d in data}
+
+def _tried(learn:Learner, data:list[_Data], spots:dict[str, Spots]) -> Tensor:
+    "Inputs for a try of the model, no more than a batch, spread over the training and validation data"
+    n,found = max(2, min(N_TRIED, *(batch_size(d.dl) for d in data))),[]
+    for d,share in zip(data, (n - n//4, n//4) if len(data) > 1 else (n,)):
+        rows = list(spots[d.name].kept.values())
+        found += [one_input(learn, rows[i*len(rows)//share]) for i in range(min(share, len(rows)))]
+    alike = [x for x in found if x.shape == found[0].shape and x.dtype == found[0].dtype]
+    return as_in_fit(torch.cat(alike), device_of(learn))
 
 # %% ../nbs/04_precompute.ipynb #fc471172
 def _batches(data:list[_Data]) -> Iterator[tuple[_Data, int, tuple]]: # With the pass
     for d in data:
         for k in range(d.passes):
-            for batch in in_order(d.dl) if d.augmented else seeing_crops(in_order(d.dl), d.name): yield d,k,batch
+            for batch in watched(d.dl, d.name, d.augmented): yield d,k,batch
 
-def _fill(learn:Learner, cut:Cut, data:list[_Data], left:float, dtype:torch.dtype|None) -> dict[str, Store]:
+def _fill(learn:Learner, cut:Cut, data:list[_Data], spots:dict[str, Spots], left:float, dtype:torch.dtype|None) -> dict[str, Store]:
     "The features of all samples by name of the loader, with `left` bytes of memory for them"
     stores,seen = {},Counter()
     total = sum(d.passes * len(in_order(d.dl)) for d in data)
@@ -102,29 +108,50 @@ def _fill(learn:Learner, cut:Cut, data:list[_Data], left:float, dtype:torch.dtyp
                 stores[d.name] = Store(d.passes, n_samples(d.dl), kept, dtype=dtype, max_mem=left)
                 left -= 0 if stores[d.name].in_file else stores[d.name].n_bytes
             stores[d.name].put(k, seen[d.name] % n_samples(d.dl), kept)
+            spots[d.name].see(seen[d.name] % n_samples(d.dl), batch)
             seen[d.name] += len(features)
     for d in data:
-        if seen[d.name] != d.passes * n_samples(d.dl):
-            raise ValueError(f"The {d.name} loader left out samples (`SkipItemException`): take them out of the dataset.")
+        if seen[d.name] != d.passes * n_samples(d.dl): refuse_skipped(d.name)
+        spots[d.name].seen()
     return stores
 
 # %% ../nbs/04_precompute.ipynb #74acf7b7
 class FeatureBatches(GetAttr):
-    "The batches of `dl`, with stored features in place of inputs; all else is `dl`'s"
+    "The batches of `dl`, with stored features in place of inputs unless its transforms were changed; all else is `dl`'s"
     _default = 'dl'
-    def __init__(self, dl, store:Store, k:int, serve): self.dl,self.store,self.k,self.serve = dl,store,k,serve
+    def __init__(self, dl, store:Store, k:int, serve): self.dl,self.store,self.k,self.serve,self.made_of = dl,store,k,serve,source(dl)
     def __len__(self): return len(self.dl)
-    def __iter__(self): return (self.serve(self.store.get(self.k, rows)) for rows in index_batches(self.dl))
+
+    def __iter__(self):
+        if not self._unchanged(): return (yield from self.dl)
+        for rows in index_batches(self.dl):
+            if not self._unchanged(): raise RuntimeError("A callback changed the transforms of the loader amid an epoch, which stored "
+                                                         "batches cannot follow: change them in `before_epoch`.")
+            yield self.serve(self.store.get(self.k, rows))
+
+    def _unchanged(self) -> bool: return same_source(self.made_of, source(self.dl))
 
 # %% ../nbs/04_precompute.ipynb #864cce39
+def _refuse_stale(origin:Origin):
+    "Raise `RuntimeError` if the data are seen to differ from what is stored"
+    if origin.contents.same() and origin.spots.fresh(): return
+    raise RuntimeError(f"The {origin.spots.loader} data are no longer what they were on entering: samples or labels were added, taken out, "
+                       "replaced or written to. Leave the `with learn.precompute()` block and enter it again.")
+
 _KNOWN = ('fastai.', 'bnfreeze_fastai.') # callbacks from here keep the input as it is, or are refused by name
+
+class Origin(NamedTuple):
+    "The loader that features are of, and what tells whether its data are still the same"
+    source:tuple
+    spots:Spots
+    contents:Contents
 
 class ServeFeatures(WatchFrozen):
     "Train on stored features where there are any"
     order = float('inf') # last: it takes loader and batch as every other callback leaves them
     def __init__(self,
         cut:Cut,
-        stores:list[tuple[tuple, Store]], # What `source` gives of each loader, and its store
+        stores:list[tuple[Origin, Store]], # Of each loader
     ):
         super().__init__(cut, 'precompute')
         self.stores,self.served,self.marked = stores,None,None
@@ -139,10 +166,11 @@ class ServeFeatures(WatchFrozen):
         "Take the features for the samples, if they are stored"
         self.served = self.marked = None
         mine = source(self.learn.dl)
-        store = next((store for kept,store in self.stores if same_source(kept, mine)), None)
+        origin,store = next(((origin, store) for origin,store in self.stores if same_source(origin.source, mine)), (None, None))
         wants_input = any(isinstance(cb, GatherPredsCallback) and cb.with_input for cb in self.learn.cbs)
         if store is None or wants_input: return
         super().before_train()
+        _refuse_stale(origin)
         self.learn.dl = FeatureBatches(self.learn.dl, store, getattr(self.learn, 'epoch', 0) % store.n_passes, self._serve)
 
     def _serve(self, batch:tuple) -> tuple:
@@ -189,9 +217,12 @@ def precomputed(
     left = psutil.virtual_memory().available // 2 if max_mem is None else max_mem
     with ExitStack() as stack:
         with ready(learn), kept_rng(*(d.dl for d in data)):
-            cut = _find_and_check(learn, data)
-            stores = _fill(learn, cut, data, left, dtype)
-        cb = ServeFeatures(cut, [(source(d.dl), stores[d.name]) for d in data])
+            frozen_and_trained(learn) # what it refuses, it refuses at once
+            spots = _spots(data)
+            cut = find_frozen_part(learn, _tried(learn, data, spots))
+            stores = _fill(learn, cut, data, spots, left, dtype)
+            kept = [(Origin(source(d.dl), spots[d.name], Contents(d.dl)), stores[d.name]) for d in data]
+        cb = ServeFeatures(cut, kept)
         stack.callback(_forget, learn, cb)
         stack.enter_context(resumable(cut))
         stack.enter_context(unchanging(learn, 'precompute'))

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['kept_rng', 'reseed', 'evaluating', 'standing_in']
+__all__ = ['kept_rng', 'reseed', 'plain_parts', 'copied_buffers', 'evaluating', 'standing_in']
 
 # %% ../nbs/00a_restore.ipynb #6e5de572
 import random
 from contextlib import contextmanager
 
 import numpy as np, torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 # %% ../nbs/00a_restore.ipynb #61f87407
@@ -65,21 +65,53 @@ def reseed(
         else: g.seed(seed)
 
 # %% ../nbs/00a_restore.ipynb #e1898018
+def plain_parts(
+    tensor:Tensor, # Of any layout, type and class
+) -> list[Tensor]: # None for one on the device `meta`, which has no values
+    "The plain tensors that hold the values of `tensor`"
+    t = tensor.detach()
+    if t.is_meta: return []
+    if hasattr(t, '__tensor_flatten__'): return [p for k in t.__tensor_flatten__()[0] for p in plain_parts(getattr(t, k))]
+    if t.is_nested: return [p for o in t.unbind() for p in plain_parts(o)]
+    if t.is_quantized:
+        by_channel = t.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+        scale = (t.q_per_channel_scales(), t.q_per_channel_zero_points()) if by_channel else map(torch.tensor, (t.q_scale(), t.q_zero_point()))
+        return [t.int_repr(), *scale]
+    if t.layout == torch.sparse_coo: return [t._indices(), t._values()]
+    if t.layout in (torch.sparse_csr, torch.sparse_bsr): return [t.crow_indices(), t.col_indices(), t.values()]
+    if t.layout in (torch.sparse_csc, torch.sparse_bsc): return [t.ccol_indices(), t.row_indices(), t.values()]
+    return [t.resolve_conj().resolve_neg() if t.layout == torch.strided else t.to_dense()]
+
+def _put_back(b:Tensor, old:Tensor):
+    now,before = plain_parts(b),plain_parts(old)
+    if len(now) == len(before) and all(map(torch.equal, now, before)): return
+    if b.layout == torch.strided: b.copy_(old)
+    elif [p.shape for p in now] != [p.shape for p in before]: b.data = old # a sparse one may have more values now
+    else:
+        for part,old_part in zip(now, before): part.copy_(old_part)
+
+def copied_buffers(
+    model:nn.Module, # Any model
+) -> dict[int, Tensor]: # Id of each to its copy
+    "A memo for `deepcopy`, which cannot copy some sparse tensors itself"
+    return {id(b): b.detach().clone() for b in model.buffers() if not is_lazy(b) and b.layout != torch.strided}
+
 @contextmanager
 def evaluating(
     model:nn.Module, # Any model
 ):
     "`model` in evaluation mode and without gradients; on leaving, flags and buffers are as they were"
-    flags,buffers = {m: m.training for m in model.modules()},{b: b.clone() for b in model.buffers() if not is_lazy(b)}
+    flags,buffers = {m: m.training for m in model.modules()},{b: b.detach().clone() for b in model.buffers() if not is_lazy(b)}
+    registered = {m: dict(m._buffers) for m in flags}
     try:
         model.eval()
         with torch.no_grad(): yield
     finally:
         model.train(flags[model])
         for m,flag in flags.items(): m.training = flag
+        for m,own in registered.items(): m._buffers.update(own)
         with torch.no_grad():
-            for b,old in buffers.items():
-                if not torch.equal(b, old): b.copy_(old)
+            for b,old in buffers.items(): _put_back(b, old)
 
 # %% ../nbs/00a_restore.ipynb #cf178974
 @contextmanager

@@ -53,12 +53,21 @@ def as_json(
     "What JSON gives back of `settings`; what it does not know counts as it prints"
     return json.loads(json.dumps(settings, default=str))
 
+def _typed(df:pd.DataFrame) -> pd.DataFrame:
+    "Numbers for the text that stands for them, exactly: the parser of pandas 2 loses the last bit of many"
+    as_is = lambda v: v
+    kinds = dict(policy=as_is, weights=as_is, seed=int, epoch=int, precomputed={'True': True, 'False': False}.__getitem__)
+    def typed(c):
+        try: return [kinds.get(c, float)(v) for v in df[c]]
+        except (KeyError, TypeError, ValueError): raise ValueError(f'no numbers in {c!r}') from None
+    return df.assign(**{c: typed(c) for c in df})
+
 def _wrong(text:str, df:pd.DataFrame, old) -> str|None: # In words
     "What shows that a file was not written here, or not in full"
     if missing := set(COLUMNS) - set(df.columns): return f'there are no columns {sorted(missing)}'
     if not text.endswith('\n') or (df['weights'].fillna('') == '').any(): return 'it was cut off'
-    kinds = dict(seed='i', epoch='i', precomputed='b', policy='OSTU', weights='OSTU')
-    if words := [c for c in df if df[c].dtype.kind not in kinds.get(c, 'if')]: return f'no numbers in {words}'
+    if df.empty: return 'there are no runs'
+    if (df[['seed', 'epoch']].dtypes != 'int64').any(): return 'a seed or an epoch is too large'
     runs = df.groupby(['policy', 'seed'])['epoch']
     if any(list(e) != list(range(len(e))) for _,e in runs): return 'a run is not there once, from its start'
     if not isinstance(old, dict) or not isinstance(old.get(GROWING), dict): return 'the settings are no settings'
@@ -88,8 +97,7 @@ class Results:
         beside = self.path.with_suffix('.json')
         try:
             old = json.loads(beside.read_text(encoding='utf-8'))
-            df = pd.read_csv(self.path, dtype={'policy': str, 'weights': str}, keep_default_na=False, na_values=NAN)
-            df = df.fillna({'policy': NAN}) # a policy of that name
+            df = _typed(pd.read_csv(self.path, dtype=str, keep_default_na=False))
             if wrong := _wrong(self.path.read_text(encoding='utf-8'), df, old): raise ValueError(wrong)
         except (OSError, ValueError, RecursionError) as e:
             raise ValueError(f"{self.path} does not go with settings in {beside} ({e}): give another file, or `resume=False` to "

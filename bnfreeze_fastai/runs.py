@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['FASTAI', 'AnyPolicy', 'Policies', 'Fit', 'FITS', 'check_policies', 'pretrained_layers', 'throughout', 'put_policy',
-           'check_epochs', 'check_lr', 'as_seeds', 'weights_hash', 'new_learner', 'n_batches', 'EpochRows',
-           'run_policy']
+__all__ = ['FASTAI', 'AnyPolicy', 'Policies', 'Fit', 'FITS', 'is_function', 'check_policies', 'pretrained_layers', 'throughout',
+           'put_policy', 'check_epochs', 'check_lr', 'as_seeds', 'weights_hash', 'new_learner', 'n_batches',
+           'EpochRows', 'run_policy']
 
 # %% ../nbs/06a_runs.ipynb #c16d4300
 import time
@@ -29,6 +29,7 @@ from torch.nn.parameter import is_lazy
 from xxhash import xxh3_128_hexdigest
 
 import bnfreeze_fastai.learner # patches `freeze_to_bn` and `precompute` in
+from .batches import wrong
 from .callback import BatchNormFreeze, active_callback
 from .core import MODES, never_trained, norm_layers
 from .fixed import fingerprint, named_tensors
@@ -42,15 +43,21 @@ AnyPolicy = str|Policy|Callable[[Learner], Any] # a mode or `FASTAI`, a policy, 
 Policies = Iterable[str]|Mapping[str, AnyPolicy|Mapping[str, ModeSpec]] # modes and `FASTAI`, or names to policies, which may be dicts
 
 # %% ../nbs/06a_runs.ipynb #029d80b3
+def is_function(
+    o, # Anything
+) -> bool:
+    "Whether `o` can be called, other than a Learner, a callback, a model, or a method of a Learner that exists already"
+    return callable(o) and not any(isinstance(x, (Learner, Callback, nn.Module)) for x in (o, getattr(o, '__self__', None)))
+
 def _check_one(name:str, policy) -> AnyPolicy:
-    if callable(policy): return policy
+    if is_function(policy): return policy
     if isinstance(policy, Policy): return check_policy(policy)
     if isinstance(policy, Mapping):
         if unknown := set(policy) - set(Policy._fields):
             raise ValueError(f"Policy {name!r} has the unknown keys {sorted(unknown)}: choose from {list(Policy._fields)}.")
         return check_policy(Policy(**policy))
-    if policy in (FASTAI, *MODES): return policy
-    raise ValueError(f"{policy!r} is no policy: give {FASTAI!r}, one of the modes {list(MODES)}, a dict with keys among "
+    if isinstance(policy, str) and policy in (FASTAI, *MODES): return policy
+    raise ValueError(f"{policy!r:.60} is no policy: give {FASTAI!r}, one of the modes {list(MODES)}, a dict with keys among "
                      f"{list(Policy._fields)}, or a function of the Learner.")
 
 def check_policies(
@@ -59,6 +66,8 @@ def check_policies(
     "Policies by name; `ValueError` for one that is not known, or if there are none"
     if policies is None: policies = (FASTAI, *MODES)
     if isinstance(policies, str): policies = [policies]
+    if isinstance(policies, Policy) or isinstance(policies, Mapping) and policies and set(policies) <= set(Policy._fields):
+        raise ValueError(f"`policies` is one policy, {policies!r}: give it a name, as in `policies={{'mine': {policies!r}}}`.")
     if not isinstance(policies, Iterable):
         raise ValueError(f"`policies` is a list of names, or a dict of names to policies, not {policies!r}.")
     named = policies if isinstance(policies, Mapping) else {str(p): p for p in policies}
@@ -122,7 +131,10 @@ def as_seeds(
     least:int=1, # How many there have to be
 ) -> list[int]:
     "Seeds as a list; `ValueError` if they are too few, negative, or not all different"
-    try: found = list(range(seeds)) if isinstance(seeds, Integral) else [index(s) for s in seeds]
+    def as_int(s):
+        if isinstance(s, bool): raise TypeError
+        return index(s)
+    try: found = list(range(as_int(seeds))) if isinstance(seeds, Integral) else [as_int(s) for s in seeds]
     except TypeError: raise ValueError(f"`seeds` is how many, or which integers; not {seeds!r}.") from None
     if len(found) < least or not 0 <= min(found) <= max(found) < 2**32 or len(set(found)) < len(found):
         raise ValueError(f"`seeds` has to be {least} or more, or as many different integers from 0 to 2**32-1, not {seeds!r}.")
@@ -141,10 +153,14 @@ def new_learner(
     seed:int, # Of all random numbers
 ) -> Learner:
     "A Learner from `get_learner`, made with random numbers that `seed` decides; `ValueError` if it is none"
-    if not callable(get_learner) or isinstance(get_learner, Learner):
-        raise ValueError(f"`get_learner` has to be a function that makes a new Learner each time, not a {type(get_learner).__name__}.")
+    wanted = 'a function that makes a new Learner each time','give one, such as `lambda: vision_learner(dls, resnet18)`'
+    if not is_function(get_learner): raise wrong('get_learner', get_learner, *wanted)
+    given = {'seed': seed} if 'seed' in signature(get_learner).parameters else {}
+    try: signature(get_learner).bind(**given)
+    except TypeError as e: raise ValueError(f"`get_learner` is called with {'`seed`' if given else 'nothing'}, but: {e}. It has to be "
+                                            f"{wanted[0]}: {wanted[1]}.") from None
     reseed(seed)
-    learn = get_learner(seed=seed) if 'seed' in signature(get_learner).parameters else get_learner()
+    learn = get_learner(**given)
     if not isinstance(learn, Learner): raise ValueError(f"`get_learner` has to return a Learner, not {learn!r}.")
     return learn
 

@@ -15,19 +15,21 @@ __all__ = ['Snapshot', 'snapshot', 'symmetric_kl', 'bn_drift', 'moved', 'layers_
 # %% ../nbs/02_stats.ipynb #e58cf9c5
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd, torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .batches import wrong
 from .core import affine_params, check_glob, keeps_stats, named_modules, norm_layers, stats_buffers
 from .moments import Moments
 from .observe import ByBatch, Observer, OneByOne, observe
 from .ranks import gathered
+from .restore import standing_in
 
 # %% ../nbs/02_stats.ipynb #a8de43c0
 _HALVES = {'stats': ('running_mean', 'running_var'), 'affine': ('weight', 'bias')}
@@ -77,15 +79,22 @@ def _compare(layers:Mapping[str, nn.Module], new:Mapping, old:Mapping) -> pd.Dat
     return pd.DataFrame([(n, *distances(n, l)) for n,l in layers.items()], columns=['layer', *_DISTANCES])
 
 # %% ../nbs/02_stats.ipynb #68c19ace
+_TAKE_ONE = 'give a snapshot of this model, taken by `learn.bn_snapshot()` or `snapshot(model)`'
+
+def _check_snapshot(since):
+    is_one = isinstance(since, Mapping) and all(isinstance(s, Mapping) and all(isinstance(t, Tensor) for t in s.values())
+                                                for s in since.values())
+    if not is_one: raise wrong('since', since, 'a snapshot, tensors by name for each layer', _TAKE_ONE)
+
 def bn_drift(
     model:nn.Module, # The model as it is now
     since:Snapshot, # An earlier `snapshot` of it; one that shares no layer with it raises `ValueError`
 ) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats); NaN where the snapshot has no such layer
     "How far the running statistics of each layer are from those in a snapshot; exactly 0 where nothing has moved"
     layers,now = norm_layers(model),snapshot(model)
-    if not isinstance(since, Mapping) or (layers and not layers.keys() & since.keys()):
-        raise ValueError(f"`since` has none of the model's norm layers ({', '.join(list(layers)[:6])}): "
-                         "give a snapshot of this model, taken by `learn.bn_snapshot()` or `snapshot(model)`.")
+    _check_snapshot(since)
+    if layers and not layers.keys() & since.keys():
+        raise ValueError(f"`since` has none of the model's norm layers ({', '.join(list(layers)[:6])}): {_TAKE_ONE}.")
     return _compare({n: l for n,l in layers.items() if 'running_mean' in now[n]}, now, since)
 
 # %% ../nbs/02_stats.ipynb #edd36fff
@@ -95,6 +104,7 @@ def moved(
 ) -> pd.DataFrame: # `layer`, `stats_moved` (nats), `affine_moved` (units of weight and bias); NaN where the layer has no such half
     "How far the two halves of each norm layer have moved since a snapshot; exactly 0 where nothing has"
     layers,now = norm_layers(model),snapshot(model)
+    _check_snapshot(since)
     kl = _compare(layers, now, since).set_index('layer')['kl']
     def affine_moved(name):
         new,old = now[name],since.get(name, {})
@@ -109,6 +119,7 @@ def layers_with_stats(
 ) -> dict[str, nn.Module]: # Dotted name to layer
     "The layers with running statistics that the glob `layers` picks"
     norms = norm_layers(model)
+    if not isinstance(layers, str): raise wrong('layers', layers, "a glob over the dotted names of norm layers, such as '0.*' or '*'")
     check_glob(layers, norms)
     chosen = {n: l for n,l in norms.items() if fnmatchcase(n, layers) and keeps_stats(l)}
     known = ', '.join(f'{n!r} ({type(l).__name__})' for n,l in list(norms.items())[:6]) or 'none'
@@ -121,23 +132,54 @@ def layers_with_stats(
     if lazy: raise ValueError(f"{lazy} are lazy layers without shapes yet: run a batch through the model first.")
     return chosen
 
+# %% ../nbs/02_stats.ipynb #cf693e87
+@contextmanager
+def _calls_noted(layers:Mapping[str, nn.Module]) -> Iterator[set[str]]: # Names of those that were called, also by their `forward`
+    called = set()
+    def noting(name, forward):
+        def noted(*args, **kwargs):
+            called.add(name)
+            return forward(*args, **kwargs)
+        return noted
+    with ExitStack() as stack:
+        for n,l in layers.items(): stack.enter_context(standing_in(l, {'forward': noting(n, l.forward)}))
+        yield called
+
+def _why_unmeasured(names:Iterable[str], used:set[str], empty:set[str]) -> list[str]: # In words
+    "Why no batch gave a value to the layers `names`"
+    names = set(names)
+    own,empty,unused = (sorted(some) for some in (names & used - empty, names & empty, names - used - empty))
+    told = []
+    if unused: told.append(f"No batch reached {unused}: in evaluation mode the model does not call these layers.")
+    if empty: told.append(f"For {empty} all batches are empty.")
+    if own: told.append(f"{own} are used, but not by `F.batch_norm` or `F.instance_norm` with their own `running_mean`, so what they "
+                        "normalise cannot be measured: let their `forward` call one of these functions.")
+    return told
+
 # %% ../nbs/02_stats.ipynb #93590b5a
 def _stored(model:nn.Module) -> dict[str, dict[str, Tensor]]:
     "A snapshot; in a distributed run, where each rank may have other statistics, that of rank 0"
     return gathered(snapshot(model), model)[0]
 
+class _Measured(NamedTuple):
+    moments:dict[str, Moments] # By name, of the layers that were reached
+    count:int # Of batches
+    why:list[str] # Why the others were not reached, in words
+
 def _measure(model:nn.Module, batches:Iterable, chosen:Mapping[str, nn.Module], observer:type[Observer], n_batches:int|None,
-             n_inp:int|None, progress:bool) -> tuple[dict[str, Moments], int]:
-    "The moments that `batches` give each chosen layer that they reach, by name, and the number of batches"
+             n_inp:int|None, progress:bool) -> _Measured:
+    "What `batches` give the chosen layers"
     by_buffer = {l.running_mean: n for n,l in reversed(chosen.items())}
-    found,count = observe(model, batches, observer(by_buffer), n_batches, n_inp, progress)
+    watch = observer(by_buffer)
+    with _calls_noted(chosen) as called: found,count = observe(model, batches, watch, n_batches, n_inp, progress)
     if not count: raise ValueError("There are no batches: the loader yields nothing. Look at its dataset, its batch size and `drop_last`.")
     found = {n: found[by_buffer[l.running_mean]] for n,l in chosen.items() if by_buffer[l.running_mean] in found}
-    if not found: raise ValueError(f"No batch brings a value to any of {list(chosen)}. Either all batches are empty, or in evaluation "
-                                   "the model does not call these layers, or they do not normalise by `torch.nn.functional`.")
+    used,empty = (set().union(*per_rank) for per_rank in zip(*gathered((called | watch.elsewhere, watch.empty), model)))
+    why = _why_unmeasured(chosen.keys() - found.keys(), used, empty)
+    if not found: raise ValueError(f"There is nothing to measure. {' '.join(why)}")
     single = [n for n,m in found.items() if not m.dof]
     if single: raise ValueError(f"All the data has only one value per channel for {single}, so the variance is undefined: give more data.")
-    return found,count
+    return _Measured(found, count, why)
 
 # %% ../nbs/02_stats.ipynb #bc33e8db
 def bn_shift(
@@ -146,17 +188,19 @@ def bn_shift(
     n_batches:int|None=None, # Look at so many; all if not given
     n_inp:int|None=None, # How many elements of a tuple the model takes; all but the last if not given
     progress:bool=True, # Show a progress bar?
-) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats); NaN for layers that no batch reaches
+) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats); NaN where it cannot be measured
     "How far the statistics of `batches` are from those stored, layer by layer; errors as for `recalibrate_bn`"
     chosen = layers_with_stats(model, '*')
-    found,_ = _measure(model, batches, chosen, ByBatch, n_batches, n_inp, progress)
-    data = {n: dict(running_mean=m.mean, running_var=m.var) for n,m in found.items()}
+    measured = _measure(model, batches, chosen, ByBatch, n_batches, n_inp, progress)
+    for why in measured.why: warnings.warn(why, stacklevel=2)
+    data = {n: dict(running_mean=m.mean, running_var=m.var) for n,m in measured.moments.items()}
     return _compare(chosen, data, _stored(model))
 
 # %% ../nbs/02_stats.ipynb #dde1d39a
 _METHODS = {'batch': ByBatch, 'sequential': OneByOne}
 
 def _observer(method:str, preserve:bool) -> type[Observer]:
+    if not isinstance(preserve, bool): raise wrong('preserve', preserve, 'True or False')
     if method not in list(_METHODS): raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(map(repr, _METHODS))}.")
     return Observer if preserve and method == 'sequential' else _METHODS[method] # the inputs of all layers will stay as they are
 
@@ -214,10 +258,8 @@ def recalibrate_bn(
     observer,chosen = _observer(method, preserve),layers_with_stats(model, layers)
     _check_writable(model, chosen, preserve)
     before = _stored(model)
-    found,count = _measure(model, batches, chosen, observer, n_batches, n_inp, progress)
+    found,count,why = _measure(model, batches, chosen, observer, n_batches, n_inp, progress)
     values = {n: _new_values(chosen[n], m, count, before[n] if preserve else None) for n,m in found.items()}
     with _written({f'{n}.{k}': (getattr(chosen[n], k), v) for n in values for k,v in values[n].items()}):
-        unreached = [n for n in chosen if n not in found]
-        if unreached: warnings.warn(f"No batch reached {unreached}, which keep their statistics: in evaluation mode the model does not "
-                                    "call these layers.", stacklevel=2)
+        for reason in why: warnings.warn(f"{reason} They keep their statistics.", stacklevel=2)
         return bn_drift(model, before)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Store']
+__all__ = ['leaves', 'Store']
 
 # %% ../nbs/02c_store.ipynb #8b2442b1
 import os, tempfile
@@ -18,12 +18,14 @@ from fastai.torch_core import apply
 from torch import Tensor
 
 # %% ../nbs/02c_store.ipynb #d3995fff
-def _leaves(batch) -> Iterator:
+def leaves(
+    batch, # Tensors and other values, in tuples, lists and dicts
+) -> Iterator:
     "What is in `batch`, however nested"
     if isinstance(batch, Mapping): batch = tuple(batch.values())
     if not isinstance(batch, (tuple, list)): yield batch
     else:
-        for o in batch: yield from _leaves(o)
+        for o in batch: yield from leaves(o)
 
 # %% ../nbs/02c_store.ipynb #d5772db9
 def _mapped(shape:tuple[int, ...], dtype:torch.dtype) -> Tensor:
@@ -48,12 +50,12 @@ class Store:
         dtype:torch.dtype|None=None, # Keep features in this type; they are served in their own
         max_mem:float|None=None, # Bytes; what needs more is kept in a file, and all in memory if not given
     ):
-        wrong = [type(t).__name__ for t in _leaves(batch) if not isinstance(t, Tensor) or t.ndim == 0 or len(t) != len(batch[0])]
+        wrong = [type(t).__name__ for t in leaves(batch) if not isinstance(t, Tensor) or t.ndim == 0 or len(t) != len(batch[0])]
         if wrong: raise ValueError(f"Targets are kept by sample: they have to be tensors with one row for each, not {', '.join(wrong)}.")
         self.n_passes,self.n_rows,self.dtype = n_passes,n_rows,batch[0].dtype
         kept = (batch[0] if dtype is None else batch[0].to(dtype), *batch[1:])
         shape = lambda t: (n_passes, n_rows, *t.shape[1:])
-        self.n_bytes = sum(prod(shape(t)) * t.dtype.itemsize for t in _leaves(kept))
+        self.n_bytes = sum(prod(shape(t)) * t.dtype.itemsize for t in leaves(kept))
         self.in_file = max_mem is not None and self.n_bytes > max_mem
         new = _mapped if self.in_file else lambda shape, dtype: torch.empty(shape, dtype=dtype)
         self.batches = apply(lambda t: new(shape(t), t.dtype).as_subclass(type(t)), kept)
@@ -64,7 +66,7 @@ class Store:
         batch:tuple,
     ) -> None:
         "Keep `batch` from row `start` on"
-        new,kept = list(_leaves(batch)),list(_leaves(self.batches))
+        new,kept = list(leaves(batch)),list(leaves(self.batches))
         for t,all_rows in zip(new, kept, strict=True):
             if t.shape[1:] != all_rows.shape[2:]:
                 raise ValueError(f"Samples differ in shape: {tuple(t.shape[1:])} after {tuple(all_rows.shape[2:])}. To be kept, all have "

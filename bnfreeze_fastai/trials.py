@@ -27,6 +27,7 @@ from torch import nn
 from .callback import BatchNormFreeze, as_groups
 from .core import bn_layers
 from .drift import BatchNormDrift
+from .restore import copied_buffers
 
 # %% ../nbs/06d_trials.ipynb #bb857edb
 _SILENT = (ProgressCallback, ShowGraphCallback, CSVLogger, TrackerCallback, Recorder, BatchNormFreeze, BatchNormDrift)
@@ -34,7 +35,7 @@ _LOGGERS = ('fastai.callback.tensorboard', 'fastai.callback.wandb', 'fastai.call
             'fastai.callback.azureml', 'fastai.callback.captum')
 
 def _copied_model(model:nn.Module) -> tuple[nn.Module, dict]: # And the memo of what became what
-    memo = {}
+    memo = copied_buffers(model)
     try: return deepcopy(model, memo),memo
     except Exception as e:
         raise ValueError(f"The model cannot be copied for trials ({type(e).__name__}: {e}): it keeps something, as an output "

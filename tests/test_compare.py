@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from bnfreeze_fastai.all import *
 from bnfreeze_fastai.compare import bn_compare
+from bnfreeze_fastai.results import COLUMNS, Results
 from bnfreeze_fastai.runs import FITS, run_policy
 
 get_learner = partial(make_learner, wd=0.01, lr=0.01)  # seeds its own weights: the same for all seeds
@@ -165,6 +166,26 @@ def test_finished_runs_are_not_run_again():
     )
     anew = bn_compare(get_learner, ['train'], 2, 2, results='runs.csv', resume=False)
     assert len(pd.read_csv('runs.csv')) == len(anew.df) and anew.final['seconds'].tolist() != first.final['seconds'].tolist()
+
+
+def test_numbers_come_back_to_the_last_bit(monkeypatch):
+    "Also where pandas itself reads a number as its neighbour, as it does before version 3 unless told otherwise"
+    rng = np.random.default_rng(0)
+    hard = [5e-324, 1e-310, 1.7976931348623157e308, 0.1 + 0.2, 1 / 3, float('inf'), float('-inf'), float('nan'), 1e22, 123456789.12345679]
+    numbers = [*hard, *(rng.random(1000) * 10.0 ** rng.integers(-20, 20, 1000)), *np.float32(rng.random(10)).tolist()]
+    row = {**dict.fromkeys(COLUMNS, 0.0), 'policy': 'nan', 'seed': 0, 'precomputed': True, 'weights': 'ab'}
+    results = Results('runs.csv', dict(policies={'nan': 'frozen'}))
+    results.add([dict(row, epoch=i, valid_loss=v, seconds=-v) for i, v in enumerate(numbers)])
+
+    def read(*args, float_precision=None, **kwargs):
+        df = read_csv(*args, **kwargs)
+        floats = df.select_dtypes('float').columns
+        return df if float_precision == 'round_trip' else df.assign(**{c: np.nextafter(df[c], 0) for c in floats})
+
+    read_csv = pd.read_csv
+    for reader in (read_csv, read):
+        monkeypatch.setattr(pd, 'read_csv', reader)
+        pd.testing.assert_frame_equal(Results('runs.csv', results.settings).df, results.df, check_exact=True)
 
 
 @pytest.mark.parametrize(

@@ -85,16 +85,19 @@ def test_a_callback_given_to_fit_takes_the_freeze_point_over_and_gives_it_back()
     assert body.moved() == {'stats', 'affine'} and modes(learn) == ['frozen']
 
 
-def test_a_callback_moved_to_another_learner_forgets_the_first():
+def test_a_callback_given_to_another_learner_starts_anew_there_and_stays_as_it_was_in_the_first():
     cb = BatchNormFreeze()
     first, second = trained(model=norm_only(), train_bn=False, cbs=cb), trained(model=norm_only())
     first.freeze_to(1)
     first.fit(1)
     second.add_cb(cb)
-    assert first.splitter is two_groups and modes(second) == ['train']
+    assert modes(first) == ['frozen'] and modes(second) == ['train']
     body = Body(nn.Sequential(second.model[0]))
     second.fit(1)
     assert body.moved() == {'stats', 'affine'}
+    second.remove_cb(cb)
+    first.remove_cb(BatchNormFreeze)
+    assert first.splitter is second.splitter is two_groups
 
 
 def test_a_splitter_may_be_a_generator():

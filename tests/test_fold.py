@@ -6,6 +6,8 @@ from fastai.callback.mixup import MixUp
 from fastai.torch_basics import Transform
 from test_precompute import ARCHS, FunctionalDropout, conv, fingerprint_of, generators, jitter, small, train, unet, with_model
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import spectral_norm, weight_norm
 from torchvision.ops import FrozenBatchNorm2d
 
 from bnfreeze_fastai.fold import folded
@@ -82,6 +84,97 @@ def test_what_is_folded(name):
     assert len(bn_layers(fast)) == n_left
     assert not [m for m in fast.modules() if isinstance(m, FrozenBatchNorm2d)]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Standardised(nn.Conv2d):
+    "A convolution with a forward of its own"
+
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, w, self.bias)
+
+
+class Named(nn.Conv2d):
+    "A convolution by another name"
+
+
+class Doubled(nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+def parametrized(layer):
+    parametrize.register_parametrization(layer, 'weight', Doubled())
+    return layer
+
+
+def pruned_twice(layer):
+    prune.l1_unstructured(layer, 'weight', amount=0.3)
+    prune.random_structured(layer, 'weight', amount=0.5, dim=0)
+    return prune.l1_unstructured(layer, 'bias', amount=0.5)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda m, args, out: out.abs())
+    return layer
+
+
+RECOMPUTED = {
+    'pruned': (lambda: prune.l1_unstructured(conv(3), 'weight', amount=0.5), 0),
+    'pruned twice': (lambda: pruned_twice(conv(3)), 0),
+    'weight norm, by a hook': (lambda: weight_norm(conv(3)), 0),
+    'weight norm': (lambda: parametrizations.weight_norm(conv(3)), 0),
+    'spectral norm, by a hook': (lambda: spectral_norm(conv(3)), 0),
+    'spectral norm': (lambda: parametrizations.spectral_norm(conv(3)), 0),
+    'orthogonal': (lambda: parametrizations.orthogonal(nn.Conv2d(3, 4, 1)), 0),
+    'own parametrization': (lambda: parametrized(conv(3)), 0),
+    'by another name': (lambda: Named(3, 4, 3), 0),
+    'own forward': (lambda: Standardised(3, 4, 3), 1),
+    'hook': (lambda: hooked(conv(3)), 1),
+}
+
+
+@pytest.mark.parametrize('name', RECOMPUTED)
+def test_weights_that_are_recomputed(name):
+    make, n_left = RECOMPUTED[name]
+    x, model = torch.randn(4, 3, 8, 8), nn.Sequential(make(), nn.BatchNorm2d(4), nn.ReLU())
+    before = {k: v.clone() for k, v in with_statistics(model, x).state_dict().items()}
+    kept = vars(model[0]).copy()
+    fast = assert_same_output(model, x)
+    assert len(bn_layers(fast)) == n_left
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and vars(model[0]).keys() == kept.keys()
+
+
+def test_a_hook_on_batch_norm_goes_on():
+    x, model = torch.randn(4, 3, 8, 8), nn.Sequential(conv(3), nn.BatchNorm2d(4))
+    hooked(with_statistics(model, x)[1])
+    assert len(bn_layers(assert_same_output(model, x))) == 1
+    set_bn_mode(model, 'frozen')  # puts a hook of ours, on another layer
+    model = nn.Sequential(conv(3), nn.BatchNorm2d(4))
+    set_bn_mode(with_statistics(model, x), 'frozen')
+    assert len(bn_layers(assert_same_output(model, x))) == 0
+
+
+@pytest.mark.parametrize('way', ['fold_frozen', 'precompute'])
+@pytest.mark.parametrize('name', ['pruned', 'weight norm, by a hook', 'weight norm', 'own parametrization', 'own forward'])
+def test_trains_as_without_it_if_weights_are_recomputed(name, way):
+    def make():
+        torch.manual_seed(0)
+        return with_model(RECOMPUTED[name][0](), nn.BatchNorm2d(4), nn.ReLU())
+
+    plain, fast = make(), make()
+    without = train(plain)
+    with getattr(fast, way)():
+        within = train(fast)
+    np.testing.assert_allclose(within, without, rtol=1e-4)
+    train(fast)
+
+
+@pytest.mark.parametrize('way', ['fold_frozen', 'precompute'])
+@pytest.mark.parametrize('norm', [spectral_norm, parametrizations.spectral_norm])
+def test_spectral_norm_goes_on_moving(norm, way):
+    with pytest.raises(ValueError, match=r"writes to a buffer.*spectral norm does: 0\.0\..*_u"):
+        getattr(with_model(norm(conv(3)), nn.BatchNorm2d(4)), way)().__enter__()
 
 
 def test_one_and_three_dimensions():

@@ -14,6 +14,7 @@ from fastai.callback.schedule import *
 from fastai.callback.training import BnFreeze, GradientAccumulation
 from fastai.learner import load_learner
 from torch.nn.parallel import DataParallel
+from torchvision.ops import FrozenBatchNorm2d
 
 pytestmark = pytest.mark.filterwarnings('ignore:The running statistics')
 
@@ -184,6 +185,71 @@ def test_nothing_to_fuse_is_told():
         learn.freeze_to_bn(-1).fit(1)
         warnings.warn('at least this')
     assert not [w for w in told if 'nothing to fuse' in str(w.message)]
+
+
+def fit_told(model, mode, **kwargs):
+    "What a fused fit of all of `model` on statistics as in `mode` says there is not to fuse"
+    learn = make_learner(model, **kwargs)
+    learn.freeze_to_bn(0, bn_above=mode).fuse_bn()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        learn.fit(1)
+    return [str(w.message) for w in caught if 'to fuse' in str(w.message)]
+
+
+def net(*between, norm=lambda: nn.BatchNorm2d(4)):
+    body = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), *between, norm(), nn.ReLU())
+    return nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)))
+
+
+def norm_first():
+    return nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)))
+
+
+NO_STATS, NO_PAIR = 'no batch norm layer of PyTorch', 'no batch norm on fixed statistics could run as one'
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('mode', ['affine-only', 'frozen'])
+@pytest.mark.parametrize(
+    'make, said',
+    [
+        (lambda: net(norm=nn.Identity), NO_STATS),
+        (lambda: net(norm=lambda: nn.GroupNorm(2, 4)), NO_STATS),
+        (lambda: net(norm=lambda: nn.InstanceNorm2d(4)), NO_STATS),
+        (lambda: net(norm=lambda: nn.InstanceNorm2d(4, track_running_stats=True)), NO_STATS),
+        (lambda: net(norm=lambda: FrozenBatchNorm2d(4)), NO_STATS),
+        (lambda: net(norm=lambda: nn.BatchNorm2d(4, track_running_stats=False)), NO_STATS),
+        (lambda: net(nn.ReLU()), NO_PAIR),
+        (lambda: net(nn.Dropout(0.1)), NO_PAIR),
+        (norm_first, NO_PAIR),
+    ],
+)
+def test_what_is_told_of_nothing_to_fuse_is_true(make, said, mode):
+    (told,) = fit_told(make(), mode)
+    assert said in told and 'of the batch' not in told
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_without_batch_norm_the_statistics_of_the_batch_are_no_reason():
+    (told,) = fit_told(net(norm=nn.Identity), 'train')
+    assert NO_STATS in told
+    assert not fit_told(net(), 'affine-only')
+    (told,) = fit_told(net(), 'train')
+    assert 'on the statistics of the batch' in told
+
+
+def test_an_epoch_without_a_batch_tells_of_nothing():
+    class NoBatch(Callback):
+        def before_batch(self):
+            if self.training:
+                raise CancelTrainException
+
+    learn = make_learner(net(nn.ReLU())).freeze_to_bn(0, bn_above='affine-only').fuse_bn()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        learn.fit(1, cbs=NoBatch())
+    assert not [w for w in caught if 'to fuse' in str(w.message)]
 
 
 def test_bn_freeze_of_fastai_is_fused_too():

@@ -231,9 +231,9 @@ def test_each_sample_runs_once():
     with learn.precompute():
         learn.fit(2)
         learn.validate()
-    # 24 for training and 8 of them for validation; the rest are tries of the first batch (8 samples) of each
-    assert all(ran[i] == 1 for i in range(8, 24))
-    assert sum(ran.values()) <= 24 + 8 + 2 * 2 * 8
+    # 24 for training and 8 of them for validation; the rest are two tries of at most a batch, spread over the data
+    assert all(1 <= ran[i] <= 3 for i in range(8, 24))
+    assert sum(ran.values()) <= 24 + 8 + 2 * 8
     assert learn.model[0](torch.zeros(1, 3, 8, 8)).shape[0] == 1
 
 
@@ -505,7 +505,7 @@ def outcome(way, learn):
 
         def interrupt(*_):
             calls.update(['body'])
-            if calls['body'] > 8:
+            if calls['body'] > 4:  # after two tries, in the pass over the data
                 raise KeyboardInterrupt
 
         handle = learn.model[0].register_forward_hook(interrupt)
@@ -514,7 +514,7 @@ def outcome(way, learn):
                 pass
         finally:
             handle.remove()
-        assert calls['body'] == 9
+        assert calls['body'] == 5
     elif way == 'refused':
         learn.add_cb(MixUp())
         with pytest.raises(ValueError, match='mix_up'), learn.precompute():

@@ -39,8 +39,8 @@ def modes_in_plain_torch(model: nn.Module, layer: nn.BatchNorm2d):
         pass
     with hold_bn_mode(model, MODES['frozen']):  # reportArgumentType
         pass
-    with held_stats({layer: 'frozen'}) as nothing:
-        assert_type(nothing, None)
+    with held_stats({layer: 'frozen'}, root=model) as holds:
+        assert_type(len(holds), int)
     set_affine({layer: 'frozen'}, among=norm_params(model))
     set_affine({'0.1': 'frozen'})  # reportArgumentType
 
@@ -59,11 +59,14 @@ def layers_of_a_model(model: nn.Module, layer: nn.Module):
         assert_type(layer.momentum, float | None)
     if isinstance(layer, NORM_TYPES):
         assert_type(layer.eps, float)
-    assert_type(warn_fixed_stats({'0.1': 'frozen'}, norm_layers(model)), list[str])
+    assert_type(warn_unkept({'0.1': 'frozen'}, norm_layers(model)), list[str])
     assert_type(fingerprint(torch.ones(3)), bytes)
     assert_type(all_ranks({'0.1'}, model), list[str])
     check_glob('0.*', norm_layers(model))
-    forget_copied_holds(model)
+    assert_type(revert_sync_bn(model, torch.ones(2, 3, 8, 8)), nn.Module)
+    assert_type((keeps_stats(layer), updates_stats(layer)), tuple[bool, bool])
+    assert_type(mode_name(True, False), str)
+    revert_sync_bn([model])  # reportArgumentType
     refuse_compiled(model, 'so it cannot be done.')
     drop_grads(model.parameters())
     bn_layers([model])  # reportArgumentType
@@ -102,6 +105,7 @@ def policies(model: nn.Module, groups: list[list[nn.Parameter]]):
         assert_type((at, change['bn_above']), tuple[float, ModeSpec])
     check_schedule({'0.7': dict(bn_above='affine-only')})  # reportArgumentType
     assert_type(stages(policy, check_schedule(None)), list[tuple[float, Policy]])
+    assert_type(Stages(policy, check_schedule(None)).policy, Policy)
     assert_type(layer_groups(model, groups), dict[str, int])
     assert_type(frozen_groups(model, groups, 1), list[bool])
     assert_type(layer_modes(model, groups, [True, False], policy), dict[str, str])
