@@ -1,6 +1,6 @@
 "The site in a real browser: Debian's Chromium, which `make test` installs where it may"
 
-import functools, http.server, os, shutil, threading
+import functools, http.server, os, re, shutil, threading
 
 import pytest
 from conftest import METHODS, PUBLIC, ROOT, make
@@ -176,22 +176,31 @@ def test_everything_public_has_its_place(built):
         assert f'<span class="n">{alias}</span> <span class="o">=' in text[module], alias
 
 
-@pytest.mark.parametrize(
-    'fault',
-    ['[x](nowhere.md)', '[x](stats.md#nowhere)', '[x](#nowhere)', '![x](nowhere.png)', '[x](/stats.md)'],
-    ids=['page', 'anchor', 'own anchor', 'picture', 'absolute'],
+FAULTS = dict(
+    page='[x](nowhere.md)', anchor='[x](stats.md#nowhere)', own='[x](#nowhere)', picture='![x](nowhere.png)', absolute='[x](/stats.md)'
 )
-def test_a_broken_link_fails_the_build(built, tmp_path, fault):
-    assert 'strict' in refused(built / '_proc', tmp_path, 'index.md', f'\n\n{fault}\n')
 
 
-def test_a_page_outside_the_menu_fails_the_build(built, tmp_path):
-    assert 'strict' in refused(built / '_proc', tmp_path, 'new.md', '# New\n')
-
-
-def refused(pages, folder, page, more):
-    "What `make site` says when it refuses the pages with `more` at the end of one"
-    shutil.copytree(pages, folder / '_proc')
-    with open(folder / '_proc' / page, 'a', encoding='utf-8') as file:
-        file.write(more)
+@pytest.fixture(scope='module')
+def refused(built, tmp_path_factory):
+    "What `make site` says when it refuses pages with each of these faults and one page more"
+    folder = tmp_path_factory.mktemp('faults')
+    shutil.copytree(built / '_proc', folder / '_proc')
+    with open(folder / '_proc' / 'index.md', 'a', encoding='utf-8') as file:
+        file.write('\n\n' + '\n\n'.join(FAULTS.values()) + '\n')
+    (folder / '_proc' / 'new.md').write_text('# New\n')
     return make('site', folder, succeeds=False)
+
+
+@pytest.mark.parametrize('fault', FAULTS.values(), ids=FAULTS)
+def test_a_broken_link_fails_the_build(refused, fault):
+    link = re.search(r'\((.*)\)', fault)[1]
+    assert re.search(rf"WARNING -  Doc file 'index.md' contains an? (absolute )?link '{re.escape(link)}'", refused)
+
+
+def test_a_page_outside_the_menu_fails_the_build(refused):
+    assert re.search(r'WARNING -  .* not included in the "nav" configuration:\n  - new.md\n', refused)
+
+
+def test_each_warning_fails_the_build(refused):
+    assert f'Aborted with {len(FAULTS) + 1} warnings in strict mode' in refused

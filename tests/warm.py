@@ -3,6 +3,7 @@
 Nothing is loaded that adds to the classes of another, such as fastai, so that a script that forgets an import fails here too."""
 
 import functools, json, os, runpy, signal, subprocess, sys, tempfile, time, warnings
+from contextlib import suppress
 from pathlib import Path
 
 LIBRARIES = 'IPython.display matplotlib.pyplot numpy pandas PIL.Image scipy.stats sklearn.datasets sklearn.metrics timm torch torch._dynamo torchvision'
@@ -98,6 +99,7 @@ if __name__ == '__main__':
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for name in LIBRARIES.split():
-            __import__(name)
+            with suppress(ImportError):
+                __import__(name)
     become(request := requests())
     runpy.run_path(request['args'][0], run_name='__main__')
