@@ -7,7 +7,7 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Call', 'watch', 'links', 'is_random', 'random_layers', 'Cut', 'holds_any', 'cut_of', 'find_cut', 'Features',
-           'resumable', 'is_resumable', 'relative_error', 'check_cut']
+           'NotedFeatures', 'noted', 'unmarked', 'resumable', 'is_resumable', 'relative_error', 'check_cut']
 
 # %% ../nbs/02b_cut.ipynb #90d364aa
 from collections.abc import Iterator
@@ -189,6 +189,40 @@ def _refuse_random(model:nn.Module, calls:list[Call]):
 class Features(Tensor):
     "What the part before the cut gave for a batch"
 
+# %% ../nbs/02b_cut.ipynb #25c2ca98
+_READS = ('item', 'tolist', 'numpy', '__array__', '__bool__', '__float__', '__int__')
+
+class NotedFeatures(Features):
+    "Features, and views of them, that put the name of a function that reads their values into the list `.read`"
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        flat = [o for a in (*args, *(kwargs or {}).values()) for o in (a if isinstance(a, (list, tuple)) else (a,))]
+        given,memory = next((o for o in flat if isinstance(o, NotedFeatures)), None),lambda t: t.untyped_storage()._cdata
+        with torch._C.DisableTorchFunctionSubclass():
+            res = func(*args, **(kwargs or {}))
+            if given is None: return res
+            if isinstance(res, Tensor) and memory(res) == memory(given): return noted(res, given.read)
+            if func.__name__ in _READS or any(isinstance(o, Tensor) for o in (res if isinstance(res, (tuple, list)) else (res,))):
+                given.read.append(func.__name__)
+            return Tensor.as_subclass(res, Features) if isinstance(res, Tensor) else res
+
+    def as_subclass(self, cls): return noted(self, self.read) # fastai casts all inputs to `Tensor`
+
+def noted(
+    features:Tensor,
+    read:list, # Names of functions that read them come here
+) -> NotedFeatures: # A view
+    "`features` that note when they are read"
+    marked = Tensor.as_subclass(features, NotedFeatures)
+    marked.read = read
+    return marked
+
+def unmarked(
+    features:Tensor,
+) -> Tensor: # A view
+    "`features` as a plain tensor"
+    return Tensor.as_subclass(features, Tensor)
+
 # %% ../nbs/02b_cut.ipynb #2aceb356
 class _FromCut:
     "The `forward` of a module that the cut goes through; not a closure, so that a copy of the model goes on within itself"
@@ -197,7 +231,7 @@ class _FromCut:
 
     def __call__(self, *args, **kwargs):
         if not args or not isinstance(args[0], Features): return self.whole(*args, **kwargs)
-        x = args[0].as_subclass(Tensor) if self.innermost else args[0]
+        x = unmarked(args[0]) if self.innermost else args[0]
         for m in self.rest: x = m(x)
         return x
 

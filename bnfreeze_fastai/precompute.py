@@ -33,14 +33,14 @@ from fastcore.basics import GetAttr
 from torch import Tensor
 
 from .batches import with_progress
-from .cut import Cut, Features, resumable
+from .cut import Cut, noted, resumable, unmarked
 from .frozen_part import (N_TRIED, WatchFrozen, autocast, device_of, find_frozen_part, frozen_and_trained, one_input, ready,
                                          refuse_setting, unchanging)
 from .loaders import (Contents, as_in_fit, batch_size, check_loader, in_order, index_batches, n_samples, same_source,
                                      source)
 from .restore import evaluating, kept_rng
 from .samples import Spots, random_transforms, refuse_random, refuse_skipped, watched
-from .store import Store
+from .store import Store, leaves
 
 # %% ../nbs/04_precompute.ipynb #2c3c1753
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -138,6 +138,11 @@ def _refuse_stale(origin:Origin):
     raise RuntimeError(f"The {origin.spots.loader} data are no longer what they were on entering: samples or labels were added, taken out, "
                        "replaced or written to. Leave the `with learn.precompute()` block and enter it again.")
 
+def _writes(targets) -> list:
+    "What differs if `targets` were changed"
+    return [(t.data_ptr(), t.shape, t._version) for t in leaves(targets) if isinstance(t, Tensor)]
+
+_IN_BATCH = 'before_batch','after_pred','after_loss'
 _KNOWN = ('fastai.', 'bnfreeze_fastai.') # callbacks from here keep the input as it is, or are refused by name
 
 class Origin(NamedTuple):
@@ -174,9 +179,9 @@ class ServeFeatures(WatchFrozen):
         self.learn.dl = FeatureBatches(self.learn.dl, store, getattr(self.learn, 'epoch', 0) % store.n_passes, self._serve)
 
     def _serve(self, batch:tuple) -> tuple:
-        batch = to_device(batch, device_of(self.learn)) # here, so that the fit's own move leaves the tensor what it is
-        self.served = batch[0],batch[0]._version
-        return batch
+        features,*targets = to_device(batch, device_of(self.learn)) # here, so that the fit's own move leaves the tensor what it is
+        self.served,self.read,self.targets = (features, features._version),[],_writes(targets)
+        return noted(features, self.read),*targets
 
     def before_batch(self) -> None:
         "Mark features as such, unless this is a batch of samples"
@@ -185,16 +190,25 @@ class ServeFeatures(WatchFrozen):
         x, = self.learn.xb
         layout = lambda t: (t.data_ptr(), t.shape[1:], t.stride()[1:]) # some of the samples will do
         if layout(x) != layout(features) or x._version != version: self._refuse_change()
-        self.marked = x.as_subclass(Features)
+        self.marked = noted(unmarked(x), self.read)
         self.learn.xb = (self.marked,)
 
     def after_pred(self) -> None:
         if self.marked is not None and self.learn.xb[0] is not self.marked: self._refuse_change()
 
+    def after_loss(self) -> None:
+        if self.marked is None or not self.read or _writes(self.learn.yb) == self.targets: return
+        raise RuntimeError("A callback reads the input of the model and changes its targets, which cannot be made from stored features: "
+                           f"look at {self._able()}, and remove it, or train without `precompute`.")
+
+    def _able(self) -> str:
+        "The callbacks that may change a batch"
+        able = [cb.name for cb in self.learn.cbs if any(hasattr(cb, k) for k in _IN_BATCH) and not type(cb).__module__.startswith(_KNOWN)]
+        return ', '.join(able) or 'the callbacks'
+
     def _refuse_change(self):
-        able = [cb.name for cb in self.learn.cbs if hasattr(cb, 'before_batch') and not type(cb).__module__.startswith(_KNOWN)]
         raise RuntimeError("A callback changed the input of the model, which stored features cannot follow: look at "
-                           f"{', '.join(able) or 'the callbacks'}, and remove it, or train without `precompute`.")
+                           f"{self._able()}, and remove it, or train without `precompute`.")
 
 # %% ../nbs/04_precompute.ipynb #e788d855
 def _forget(learn:Learner, cb:ServeFeatures):

@@ -75,8 +75,8 @@ def plain_parts(
     if t.is_nested: return [p for o in t.unbind() for p in plain_parts(o)]
     if t.is_quantized:
         by_channel = t.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
-        scale = (t.q_per_channel_scales(), t.q_per_channel_zero_points()) if by_channel else map(torch.tensor, (t.q_scale(), t.q_zero_point()))
-        return [t.int_repr(), *scale]
+        if by_channel: return [t.int_repr(), t.q_per_channel_scales(), t.q_per_channel_zero_points()]
+        return [t.int_repr(), torch.tensor(t.q_scale()), torch.tensor(t.q_zero_point())]
     if t.layout == torch.sparse_coo: return [t._indices(), t._values()]
     if t.layout in (torch.sparse_csr, torch.sparse_bsr): return [t.crow_indices(), t.col_indices(), t.values()]
     if t.layout in (torch.sparse_csc, torch.sparse_bsc): return [t.ccol_indices(), t.row_indices(), t.values()]

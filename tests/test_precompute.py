@@ -811,6 +811,94 @@ def test_unknown_callback_that_changes_inputs(change):
         learn.validate()
 
 
+class SwapTargets(ItemTransform):
+    def encodes(self, b):
+        return b[0], 1 - b[1]
+
+
+def targets_changed(event, change, order=0):
+    "A callback that calls `change(self)` at `event` of training"
+
+    def at(self):
+        if self.training or event == 'before_train':
+            change(self)
+
+    return type('Changes', (Callback,), {event: at, 'order': order, '__module__': __name__})()
+
+
+def replace_targets(cb):
+    cb.learn.yb = (1 - cb.y,)
+
+
+def mix_targets(cb):
+    cb.learn.yb = (cb.y[torch.randperm(len(cb.y))],)
+
+
+def smooth_in_place(cb):
+    cb.y.copy_(1 - cb.y)
+
+
+def add_transform(cb):
+    cb.dl.after_batch.add(SwapTargets())
+
+
+def wrap_loader(cb):
+    class Swapped:
+        dl = cb.dl
+
+        def __iter__(self):
+            return ((x, 1 - y) for x, y in self.dl)
+
+        def __len__(self):
+            return len(self.dl)
+
+        def __getattr__(self, k):
+            return getattr(self.dl, k)
+
+    cb.learn.dl = Swapped()
+
+
+TARGETS = {
+    'before_batch': [replace_targets, mix_targets, smooth_in_place],
+    'after_pred': [replace_targets, mix_targets, smooth_in_place],
+    'before_train': [add_transform, wrap_loader],
+}
+
+
+@pytest.mark.parametrize('order', [-100, 0, float('inf')])
+@pytest.mark.parametrize('event,change', [(event, f) for event, fs in TARGETS.items() for f in fs])
+def test_targets_that_a_callback_changes(event, change, order):
+    plain, stored, untouched = small(), small(), small()
+    for learn in (plain, stored):
+        learn.add_cb(targets_changed(event, change, order))
+    without, after = train(plain, 1), generators()
+    with stored.precompute():
+        np.testing.assert_allclose(train(stored, 1), without, rtol=1e-5)
+    assert generators() == after
+    assert not np.allclose(train(untouched, 1), without, rtol=1e-3)
+
+
+@pytest.mark.parametrize('order', [-100, 0, 20, float('inf')])
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred'])
+def test_targets_made_from_inputs(event, order):
+    def from_inputs(cb):
+        cb.learn.yb = ((cb.x[:, :1].flatten(1).mean(1) > 0).long(),)
+
+    learn = small()
+    cb = targets_changed(event, from_inputs, order)
+    with learn.precompute():
+        with pytest.raises(RuntimeError, match='reads the input.*targets.*changes'):
+            learn.fit(1, cbs=cb)
+        learn.fit(1, cbs=targets_changed(event, lambda cb: cb.x.mean(), order))  # to look is no change
+        learn.fit(1)
+
+
+def test_transforms_changed_amid_an_epoch():
+    learn = small()
+    with learn.precompute(), pytest.raises(RuntimeError, match='amid an epoch.*before_epoch'):
+        learn.fit(1, cbs=targets_changed('after_batch', add_transform))
+
+
 def test_unknown_callback_that_comes_last():
     class AddsOne(Callback):
         order = float('inf')
