@@ -114,6 +114,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'bnfreeze_fastai.callback._Fit': ('callback.html#_fit', 'bnfreeze_fastai/callback.py'),
                                           'bnfreeze_fastai.callback._Fit.__init__': ( 'callback.html#_fit.__init__',
                                                                                       'bnfreeze_fastai/callback.py'),
+                                          'bnfreeze_fastai.callback._Fit.end': ('callback.html#_fit.end', 'bnfreeze_fastai/callback.py'),
                                           'bnfreeze_fastai.callback._Fit.guard_by': ( 'callback.html#_fit.guard_by',
                                                                                       'bnfreeze_fastai/callback.py'),
                                           'bnfreeze_fastai.callback._hand_over': ( 'callback.html#_hand_over',

@@ -60,6 +60,11 @@ class _Fit:
             self.counts.update(spoilt=self.guard.finite.spoilt, batches=self.guard.finite.batches)
         self.guard = guard
 
+    def end(self):
+        "Release what is held, and if this was no fit, put everything back"
+        self.guard_by(None)
+        for p,(requires_grad,grad) in self.found.items(): p.requires_grad,p.grad = requires_grad,grad
+
 class BatchNormFreeze(Callback):
     "Keep the batch norm modes of a policy in every fit of a Learner, relative to its freeze point"
     order = TrainEvalCallback.order+1 # just after the switch to train mode, before anything that wraps the model or swaps its weights
@@ -185,8 +190,7 @@ def _restore_fastai(self:BatchNormFreeze):
 @patch
 def _release(self:BatchNormFreeze):
     "Give back what fits hold, also one that an exception left behind"
-    for fit in self._fits: fit.guard_by(None)
-    self._fits.clear()
+    while self._fits: self._fits.pop().end()
 
 # %% ../nbs/03_callback.ipynb #e6c8e73b
 @patch(as_prop=True)
@@ -310,8 +314,8 @@ def before_fit(self:BatchNormFreeze) -> None:
     fit = _Fit(self._stages(), {p: (p.requires_grad, p.grad) for p in norm_params(self.model)})
     now,layers = self._point.look(self.model, self.opt),norm_layers(self.model)
     modes = layer_modes(self.model, self.opt.param_lists, now.groups, fit.stages.policy, now.by_hand)
-    self._fits.append(fit)
     if is_distributed(): self._refuse_to_change_what_trains(fit)
+    self._fits.append(fit)
     set_affine({layers[n]: mode for n,mode in modes.items()}, among={p for group in self.opt.param_lists for p in group})
     self._hold(fit, modes)
     fit.frozen = now
@@ -333,7 +337,7 @@ def before_train(self:BatchNormFreeze) -> None:
 
 @patch
 def _begin(self:BatchNormFreeze, fit:_Fit):
-    fit.trains,fit.found,self.schedule_log = True,{},{}
+    fit.trains,fit.found,self.schedule_log,self._applied = True,{},{},True
     self._point.keep(fit.frozen, self.opt)
     if any(isinstance(cb, BnFreeze) for cb in self.learn.cbs): warnings.warn(
         "fastai's `BnFreeze` is beside `BatchNormFreeze`: it puts frozen batch norm in eval mode whatever the policy says. "
@@ -468,8 +472,7 @@ def after_fit(self:BatchNormFreeze) -> None:
         off = self._off_after(fit, 0)
         fit.guard.fixed = []
         self.apply(off)
-    self._fits.pop().guard_by(None)
-    for p,(requires_grad,grad) in fit.found.items(): p.requires_grad,p.grad = requires_grad,grad
+    self._fits.pop().end()
     if not fit.trains: return
     self._point.settle(self.model)
     if fit.counts['spoilt']: warnings.warn(

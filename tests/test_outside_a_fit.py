@@ -199,3 +199,23 @@ def test_within_a_fit_it_goes_on_as_before(way, event):
         results.append((learn.model.state_dict(), cb.schedule_log, cb.modes()))
         assert not any(l._forward_hooks for l in bn_layers(learn.model))
     assert equal(*results)
+
+
+@pytest.mark.parametrize('error', [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize('event', ['before_fit', 'before_epoch', 'before_train', 'before_batch'])
+def test_a_fit_that_fails_before_it_trains_can_be_taken_back(event, error):
+    class Fails(Callback):
+        order = 50
+
+        def fail(self):
+            raise error('stop')
+
+    setattr(Fails, event, Fails.fail)
+    plain, learn = make_learner(), make_learner(cbs=BatchNormFreeze())
+    for l in (plain, learn):
+        l.freeze()
+    with pytest.raises(error):
+        learn.fit(1, cbs=Fails())
+    learn.remove_cb(BatchNormFreeze)
+    assert [p.requires_grad for p in learn.model.parameters()] == [p.requires_grad for p in plain.model.parameters()]
+    assert not any(l._forward_hooks or l._forward_pre_hooks for l in bn_layers(learn.model)) and learn.splitter is two_groups
