@@ -20,7 +20,7 @@ from fastai.learner import Callback, Learner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import model_inputs
+from .batches import model_inputs, wrong
 from .callback import frozen_in_force, planned_modes
 from .core import MODES, affine_params, keeps_stats, named_modules, norm_layers, refuse_compiled
 from .cut import Cut, check_cut, cut_of, holds_any, is_resumable, watch
@@ -58,7 +58,8 @@ def frozen_and_trained(
 
 # %% ../nbs/03b_frozen_part.ipynb #658ef49f
 def refuse_setting(learn:Learner) -> None:
-    "Raise `ValueError` where the model does not run as one module in this process"
+    "Raise `ValueError` for anything but a Learner, and where its model does not run as one module in this process"
+    if not isinstance(learn, Learner): raise wrong('learn', learn, 'a Learner', 'it is one that has optimizer, data and callbacks')
     names = ('DistributedTrainer', 'ParallelTrainer') # to import these classes takes accelerate
     spread = [cb.name for cb in learn.cbs if type(cb).__name__ in names]
     wrapped = isinstance(learn.model, (nn.DataParallel, nn.parallel.DistributedDataParallel))

@@ -226,6 +226,7 @@ def precomputed(
 ) -> Iterator[Learner]: # `learn`
     "Run the frozen part once, and train on what it gave; `ValueError` where that would not be exact, `OSError` if the disk is full"
     _check_arguments(n_aug, max_mem, dtype)
+    refuse_setting(learn)
     _refuse_mixing(learn)
     data = _data(learn, n_aug)
     left = psutil.virtual_memory().available // 2 if max_mem is None else max_mem

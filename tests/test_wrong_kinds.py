@@ -8,9 +8,11 @@ from torch.utils.data import TensorDataset
 
 from bnfreeze_fastai.cli import compare, demo
 from bnfreeze_fastai.compare import bn_compare
+from bnfreeze_fastai.fold import fold_frozen
 from bnfreeze_fastai.fuse import fused_bn, kept_bytes
 from bnfreeze_fastai.plots import plot_differences, plot_score_curves, plot_scores, plot_trials
 from bnfreeze_fastai.policy import Policy
+from bnfreeze_fastai.precompute import precomputed
 from bnfreeze_fastai.stats import bn_drift, bn_shift, moved, recalibrate_bn, snapshot
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained')
@@ -190,3 +192,10 @@ def test_plots(plot):
 def test_commands(f, kwargs, said):
     with pytest.raises(ValueError, match=said):
         f(**kwargs)
+
+
+@pytest.mark.parametrize('block', [precomputed, fold_frozen])
+@pytest.mark.parametrize('wrap', [lambda learn: learn.model, lambda learn: learn.dls, lambda learn: None])
+def test_blocks_of_a_learner(block, wrap):
+    learn = make_learner().freeze_to_bn(-1)
+    refused(learn, '`learn` has to be a Learner, not', lambda: block(wrap(learn)).__enter__())
