@@ -30,8 +30,8 @@ from .folders import process_folder
 from .plots import plot_differences, plot_scores
 from .restore import kept_rng
 from .results import COLUMNS, Results
-from .runs import (FITS, Fit, Policies, as_seeds, check_epochs, check_lr, check_policies, is_function, n_batches, new_learner, put_policy,
-                                  run_policy, weights_hash)
+from .runs import (FITS, Fit, Policies, as_seeds, check_epochs, check_lr, check_policies, is_function, n_batches,
+                                  new_learner, put_policy, run_policy, weights_hash)
 
 # %% ../nbs/07_compare.ipynb #97f47646
 class Comparison:
@@ -96,7 +96,7 @@ def check_training(
     "Raise `ValueError` for training that cannot be"
     check_epochs(epochs)
     check_lr(lr)
-    if not isinstance(freeze_to, Integral) or isinstance(freeze_to, bool): raise ValueError(f"`freeze_to` has to be an integer, not {freeze_to!r}.")
+    if not isinstance(freeze_to, Integral) or isinstance(freeze_to, bool): raise wrong('freeze_to', freeze_to, 'an integer')
     if not is_function(fit) and not (isinstance(fit, str) and fit in FITS):
         raise ValueError(f"`fit` is one of {list(FITS)}, or a function of Learner and epochs, not {fit!r:.60}.")
     if fit == 'fine_tune' and isinstance(lr, slice):

@@ -458,12 +458,13 @@ def _warn_unheeded(layers:Mapping[str, nn.Module], holds:Mapping[nn.Module, _Hol
     if in_eval: warnings.warn(told_in_eval(in_eval), stacklevel=4)
     if moved: warnings.warn(f"The running statistics of {moved} moved though they were held. {NO_HOOKS}", stacklevel=4)
 
-NO_HOOKS = ("No forward hook of these layers ran: either the model calls `layer.forward(x)` or `F.batch_norm` itself, which goes round them "
-            "(call `layer(x)`), or something else wrote the statistics.")
+NO_HOOKS = ("No forward hook of these layers ran: either the model calls `layer.forward(x)` or `F.batch_norm` itself, which goes round "
+            "them (call `layer(x)`), or something else wrote the statistics.")
 
 # %% ../nbs/00_core.ipynb #92c04281
 _BY_DIM = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-_BY_LAYER = {nn.Linear: nn.BatchNorm1d, **{getattr(nn, f'{kind}{d}d'): _BY_DIM[d+2] for d in (1, 2, 3) for kind in ('Conv', 'ConvTranspose')}}
+_BY_LAYER = {getattr(nn, f'{kind}{d}d'): _BY_DIM[d+2] for d in (1, 2, 3) for kind in ('Conv', 'ConvTranspose')}
+_BY_LAYER[nn.Linear] = nn.BatchNorm1d
 
 def _plain_kinds(model:nn.Module) -> dict[nn.Module, type[_BatchNorm]]:
     "The class of plain batch norm for each `SyncBatchNorm`, by the layers before it"

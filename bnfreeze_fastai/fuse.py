@@ -76,7 +76,8 @@ class Fusion(Temporary):
     @property
     def pairs(self) -> pd.DataFrame: # `convolution` and `batch_norm`, dotted names
         "What has run as one so far, and still does"
-        found = [(n, norm) for n,site in self.sites.items() if not site.uses.looked_at for norm in sorted(site.uses.norms - {None}, key=str)]
+        seen = {n: site.uses.norms - {None} for n,site in self.sites.items() if not site.uses.looked_at}
+        found = [(n, norm) for n,norms in seen.items() for norm in sorted(norms)]
         return pd.DataFrame(found, columns=['convolution', 'batch_norm'])
 
 def refuse_fusion(

@@ -67,8 +67,8 @@ class Guard:
         "Raise `RuntimeError` if something fixed has moved"
         if not (moved := self.moved()): return
         _,unseen = unheeded(self.holds)
-        around = [n for n in moved if any(n in (k, f'{name}.{k}') for name,l in self.layers.items() if l in unseen for k in stats_buffers(l))]
-        why = NO_HOOKS if around == moved else ("Something writes them: look at the other callbacks and at the optimizer, or pass "
+        round_hooks = {f'{name}.{k}'.lstrip('.') for name,l in self.layers.items() if l in unseen for k in stats_buffers(l)}
+        why = NO_HOOKS if round_hooks >= {*moved} else ("Something writes them: look at the other callbacks and at the optimizer, or pass "
                                                 "`verify=False` to let it.")
         raise RuntimeError(f"These tensors are fixed by the policy or the freeze point, but changed in the fit: {moved}. {why}")
 

@@ -156,7 +156,8 @@ def bn_summary(self:Learner) -> BatchNormSummary: # Columns of `.df`: see the ta
                  momentum=getattr(l, 'momentum', None), batches_tracked=_batches_tracked(l)) for n,l in layers.items()]
     columns = ['layer', 'type', 'group', 'mode', 'affine_trainable', 'momentum', 'batches_tracked']
     df = pd.DataFrame(rows, columns=columns).astype({'momentum': 'float', 'batches_tracked': 'Int64'})
-    return BatchNormSummary(df.merge(stats.moved(self.model, {} if cb is None else cb.bn_start), on='layer'), _title(self, cb), _notes(self, cb))
+    df = df.merge(stats.moved(self.model, {} if cb is None else cb.bn_start), on='layer')
+    return BatchNormSummary(df, _title(self, cb), _notes(self, cb))
 
 # %% ../nbs/06_learner.ipynb #e31d017f
 class _AsInFit:

@@ -192,15 +192,22 @@ def full_disk_for_results(rng):
 
 @contextlib.contextmanager
 def unprivileged():
-    "As somebody who may not write everywhere"
-    root = os.getuid() == 0
+    "As somebody who may not write everywhere, but who gets to the temporary folder, wherever that is"
+    root, closed = os.getuid() == 0, {}
+    for folder in Path(os.environ['TMPDIR']).resolve().parents:
+        if root and (mode := folder.stat().st_mode) & 0o011 != 0o011:  # the group stays what it is
+            closed[folder] = mode
     try:
+        for folder, mode in closed.items():
+            folder.chmod(mode | 0o011)
         if root:
             os.setresuid(NOBODY, NOBODY, 0)
         yield
     finally:
         if root:
             os.setresuid(0, 0, 0)
+        for folder, mode in closed.items():
+            folder.chmod(mode)
 
 
 def read_only(rng):
