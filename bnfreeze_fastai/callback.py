@@ -268,10 +268,9 @@ def _fixed(self:BatchNormFreeze, modes:dict[str, str]) -> tuple[list[nn.Paramete
     groups,now,layers = self.opt.param_lists,self.look(),norm_layers(self.model)
     by_policy = {p for n,mode in modes.items() if not MODES[mode].trains_affine for p in affine_params(layers[n])}
     off = lambda group: {p for p in group if not p.requires_grad} - norm_params(self.model)
-    by_point = {p for i,group in enumerate(groups) if now.groups[i] and i < now.n for p in off(group)}
-    by_tensors = {p for i,group in enumerate(groups) if now.groups[i] for p in off(group)}
-    fixed = by_policy | by_point | by_tensors
-    return [p for group in groups for p in group if p in fixed],frozenset(by_policy | by_point)
+    of_frozen = [off(group) if is_frozen else set() for group,is_frozen in zip(groups, now.groups)]
+    fixed,firm = by_policy.union(*of_frozen),by_policy.union(*of_frozen[:now.n])
+    return [p for group in groups for p in group if p in fixed],frozenset(firm)
 
 # %% ../nbs/03_callback.ipynb #366beaff
 @patch
@@ -310,7 +309,6 @@ def _stages(self:BatchNormFreeze) -> Stages:
 def before_fit(self:BatchNormFreeze) -> None:
     "Put the policy onto the tensors and hold the statistics, until it is known whether this is a fit"
     if not self._in_force(): return
-
     fit = _Fit(self._stages(), {p: (p.requires_grad, p.grad) for p in norm_params(self.model)})
     now,layers = self._point.look(self.model, self.opt),norm_layers(self.model)
     modes = layer_modes(self.model, self.opt.param_lists, now.groups, fit.stages.policy, now.by_hand)
@@ -377,7 +375,9 @@ def _start(self:BatchNormFreeze, fit:_Fit, stage:int):
     fit.guard.note(self.model, *self._fixed(modes), self.verify, before)
     fit.frozen,fit.anew,fit.pending,fit.compared = self.look(),False,False,False
     self._tell_of_hands(fit)
-    if fit.others is None: fit.others = {n: fingerprint(t) for n,t in named_tensors(self.model).items() if n in other_buffers(self.model)}
+    if fit.others is None:
+        tensors = named_tensors(self.model)
+        fit.others = {n: fingerprint(tensors[n]) for n in other_buffers(self.model)}
 
 @patch
 def _tell_of_hands(self:BatchNormFreeze, fit:_Fit):
