@@ -41,7 +41,7 @@ from .loaders import as_in_fit
 from .point import thawed_by_hand, unknown_to_optimizer
 from .policy import ModeSpec, Policy, check_policy, layer_groups
 from .precompute import precomputed
-from .stats import Snapshot
+from .stats import Snapshot, layers_with_stats, recalibrate_bn as recalibrate
 
 # %% ../nbs/06_learner.ipynb #7800e28c
 def _check_freeze_point(learn:Learner, n:int) -> int:
@@ -192,11 +192,13 @@ def recalibrate_bn(self:Learner,
     layers:str='*', # Glob over the dotted names of norm layers; the others stay as they are
     method:str='batch', # `'batch'`, or `'sequential'`: exact for the network in evaluation, one pass per layer
     preserve:bool=False, # Rescale weight and bias too, so that the network computes what it computed before?
+    stats:str='all', # `'mean'` re-estimates the mean alone: the variance stays
+    prior:float|None=None, # Let the old statistics count as so many more batches of mean size
 ) -> pd.DataFrame: # The drift: `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
     "Set running statistics to those of the data, exactly; only `preserve` changes weights. Bad input raises `ValueError` first"
-    how = dict(layers=layers, method=method, preserve=preserve, n_batches=n_batches)
-    drift = stats.recalibrate_bn(self.model, **how, **_batches(self, ds_idx, dl))
-    rescaled = stats.layers_with_stats(self.model, layers).values() if preserve else ()
+    how = dict(layers=layers, method=method, preserve=preserve, n_batches=n_batches, stats=stats, prior=prior)
+    drift = recalibrate(self.model, **how, **_batches(self, ds_idx, dl))
+    rescaled = layers_with_stats(self.model, layers).values() if preserve else ()
     if self.opt is not None: level_slow_weights(self.opt, {p for l in rescaled for p in affine_params(l)})
     return drift
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Observer', 'ByBatch', 'OneByOne', 'observe']
+__all__ = ['Settle', 'of_the_data', 'Observer', 'ByBatch', 'OneByOne', 'observe']
 
 # %% ../nbs/01c_observe.ipynb #1bdcb43e
 import warnings
@@ -33,14 +33,28 @@ from .restore import evaluating, kept_rng
 _MOMENTS = {F.batch_norm: batch_moments, F.instance_norm: instance_moments}
 _SIGNATURES = {f: signature(f) for f in _MOMENTS}
 
+# %% ../nbs/01c_observe.ipynb #8676cd86
+Settle = Callable[[str, Moments, int], Mapping[str, Tensor]] # name, moments, number of batches: new statistics by name
+
+def of_the_data(
+    name:str, # Of the layer
+    m:Moments, # Of all that it was given
+    count:int, # In so many batches
+) -> dict[str, Tensor]: # `running_mean` and `running_var`; empty if a single value leaves the variance undefined
+    "The statistics of the data alone"
+    return dict(running_mean=m.mean, running_var=m.var) if m.dof else {}
+
 # %% ../nbs/01c_observe.ipynb #e1039888
 class Observer(TorchFunctionMode):
     "While active, measures what given layers normalise; they do so with their stored statistics"
     def __init__(self,
         names:Mapping[Tensor, str], # The `running_mean` of each layer to measure, and the layer's name
+        settle:Settle=of_the_data, # What a layer normalises with once its moments are known
+        keep_var:bool=False, # Whether the layers keep their variance
     ):
         super().__init__()
-        self.names,self.seen,self.paths,self.order = names,[],set(),None
+        self.names,self.settle,self.keep_var = names,settle,keep_var
+        self.seen,self.paths,self.order = [],set(),None
         self.empty,self.elsewhere = set(),set() # names of layers that were given no values, and whose mean something else computed with
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -75,16 +89,23 @@ class Observer(TorchFunctionMode):
         with self: model(*inputs)
         return self.seen
 
-    def another_pass(self, found:Mapping[str, Moments], paths:Iterable[tuple[str, ...]]) -> bool:
-        "Whether the data is needed once more, now that `found` is known, and the `paths` of all ranks' forward passes through the layers"
+    def another_pass(self, found:Mapping[str, Moments], count:int, paths:Iterable[tuple[str, ...]]) -> bool:
+        "Is the data needed once more, now that `found` over `count` batches is known, and the `paths` of all ranks through the layers?"
         return False
 
 # %% ../nbs/01c_observe.ipynb #4d60fdc1
+def _centred(func:Callable, call:dict, m:Moments) -> dict:
+    "The argument of `call` that makes it normalise by the batch's own mean, and by the stored variance"
+    if func is not F.instance_norm: return dict(running_mean=m.mean.to(call['running_mean'].dtype))
+    x,stored = call['input'],call['running_mean']
+    return dict(input=x - x.mean([*range(2, x.dim())], keepdim=True) + stored.view(-1, *[1]*(x.dim()-2)).to(x.dtype))
+
 class ByBatch(Observer):
     "An observer whose layers normalise each batch with its own statistics"
     def normalise(self, func:Callable, call:dict, name:str) -> Tensor:
         m,dtype = self.measure(func, call, name),call['running_mean'].dtype
         if not m.dof: return func(**call)
+        if self.keep_var: return func(**call | _centred(func, call, m))
         if func is F.instance_norm: call |= dict(running_mean=None, running_var=None, use_input_stats=True)
         elif torch.finfo(dtype).bits < 32: call |= dict(running_mean=None, running_var=None, training=True) # which would not hold them
         else: call |= dict(running_mean=m.mean.to(dtype), running_var=(m.m2/m.n).to(dtype))
@@ -105,8 +126,8 @@ def _joint_order(paths:Iterable[tuple[str, ...]]) -> list[str]:
 # %% ../nbs/01c_observe.ipynb #fac60ae1
 class OneByOne(Observer):
     "An observer that measures one layer in each pass, while those measured before normalise with what was found"
-    def __init__(self, names:Mapping[Tensor, str]):
-        super().__init__(names)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.known = {}
         self.calls,self.most_calls = Counter(),Counter() # of each layer in a forward pass; a Counter keeps the order of first calls
 
@@ -127,10 +148,10 @@ class OneByOne(Observer):
             self.most_calls |= self.calls
         return self.seen
 
-    def another_pass(self, found:Mapping[str, Moments], paths:Iterable[tuple[str, ...]]) -> bool:
+    def another_pass(self, found:Mapping[str, Moments], count:int, paths:Iterable[tuple[str, ...]]) -> bool:
         if self.order is None: self.order = _joint_order(paths)
         else:
-            self.known |= {name: dict(running_mean=m.mean, running_var=m.var) for name,m in found.items() if m.dof}
+            self.known |= {name: self.settle(name, m, count) for name,m in found.items()}
             self.order = self.order[1:]
         return bool(self.order)
 
@@ -187,7 +208,7 @@ def observe(
         names = dict.fromkeys(name for seen in per_rank for name in seen)
         new = {name: reduce(pool, [seen[name] for seen in per_rank if name in seen]) for name in names}
         found |= new
-        more = observer.another_pass(new, [path for each in paths for path in sorted(each)])
+        more = observer.another_pass(new, sum(counts), [path for each in paths for path in sorted(each)])
         if show and bar is None and observer.order: bar = progress_bar(None, total=len(observer.order)) # of layers, from now on
         if bar is not None: bar.update(bar.total - len(observer.order))
     _warn_of_fewer(n_batches, counts)

@@ -15,9 +15,11 @@ __all__ = ['Snapshot', 'snapshot', 'symmetric_kl', 'bn_drift', 'moved', 'layers_
 # %% ../nbs/02_stats.ipynb #e58cf9c5
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import pandas as pd, torch
@@ -166,8 +168,8 @@ class _Measured(NamedTuple):
     count:int # Of batches
     why:list[str] # Why the others were not reached, in words
 
-def _measure(model:nn.Module, batches:Iterable, chosen:Mapping[str, nn.Module], observer:type[Observer], n_batches:int|None,
-             n_inp:int|None, progress:bool) -> _Measured:
+def _measure(model:nn.Module, batches:Iterable, chosen:Mapping[str, nn.Module], observer:Callable[[Mapping], Observer],
+             n_batches:int|None, n_inp:int|None, progress:bool) -> _Measured:
     "What `batches` give the chosen layers"
     by_buffer = {l.running_mean: n for n,l in reversed(chosen.items())}
     watch = observer(by_buffer)
@@ -177,7 +179,7 @@ def _measure(model:nn.Module, batches:Iterable, chosen:Mapping[str, nn.Module], 
     used,empty = (set().union(*per_rank) for per_rank in zip(*gathered((called | watch.elsewhere, watch.empty), model)))
     why = _why_unmeasured(chosen.keys() - found.keys(), used, empty)
     if not found: raise ValueError(f"There is nothing to measure. {' '.join(why)}")
-    single = [n for n,m in found.items() if not m.dof]
+    single = [n for n,m in found.items() if not m.dof and not watch.keep_var]
     if single: raise ValueError(f"All the data has only one value per channel for {single}, so the variance is undefined: give more data.")
     return _Measured(found, count, why)
 
@@ -197,12 +199,31 @@ def bn_shift(
     return _compare(chosen, data, _stored(model))
 
 # %% ../nbs/02_stats.ipynb #dde1d39a
+class _Settle(NamedTuple):
+    "What is stored for the moments of a layer: statistics of the data, or a mixture with the old ones"
+    old:Mapping[str, Mapping[str, Tensor]] # A snapshot
+    stats:str # `'all'` or `'mean'`
+    prior:float|None # Weight of `old`, in batches
+
+    def __call__(self, name:str, m:Moments, count:int) -> dict[str, Tensor]:
+        if not m.dof and self.stats == 'all': return {}
+        old,share = self.old[name],(self.prior or 0)/((self.prior or 0) + count)
+        new = dict(running_mean=m.mean, running_var=old['running_var'] if self.stats == 'mean' else m.var)
+        return {k: t + share*(old[k]-t) for k,t in new.items()} if share else new # old statistics that are not finite count only if wanted
+
+def _check_mixture(stats:str, prior:float|None):
+    if stats not in ['all', 'mean']: raise ValueError(f"Unknown `stats` {stats!r}: choose 'all', or 'mean' to keep the variance.")
+    number = isinstance(prior, Real) and not isinstance(prior, bool)
+    if prior is not None and not (number and 0 <= prior < float('inf')):
+        raise wrong('prior', prior, "a number of batches from 0 up that the old statistics count as, or None")
+
 _METHODS = {'batch': ByBatch, 'sequential': OneByOne}
 
-def _observer(method:str, preserve:bool) -> type[Observer]:
+def _observer(method:str, preserve:bool, settle:_Settle) -> Callable[[Mapping], Observer]:
     if not isinstance(preserve, bool): raise wrong('preserve', preserve, 'True or False')
     if method not in list(_METHODS): raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(map(repr, _METHODS))}.")
-    return Observer if preserve and method == 'sequential' else _METHODS[method] # the inputs of all layers will stay as they are
+    of_class = Observer if preserve and method == 'sequential' else _METHODS[method] # the inputs of all layers will stay as they are
+    return partial(of_class, settle=settle, keep_var=settle.stats == 'mean')
 
 # %% ../nbs/02_stats.ipynb #4d5dad42
 def _check_writable(model:nn.Module, chosen:Mapping[str, nn.Module], preserve:bool):
@@ -219,9 +240,9 @@ def _check_writable(model:nn.Module, chosen:Mapping[str, nn.Module], preserve:bo
     if shared: raise ValueError(f"{shared} share tensors that would be written on behalf of one of them: choose all or none of these "
                                 "layers by the glob `layers`; with preserve=True, layers cannot share weight or bias.")
 
-def _new_values(layer:nn.Module, m:Moments, count:int, old:Mapping[str, Tensor]|None) -> dict[str, Tensor]:
-    "The tensors of `layer` for the statistics of `m`; given the `old` ones, also weight and bias that make up for the change"
-    values = dict(running_mean=m.mean, running_var=m.var, num_batches_tracked=torch.tensor(count))
+def _new_values(layer:nn.Module, new:Mapping[str, Tensor], count:int, old:Mapping[str, Tensor]|None) -> dict[str, Tensor]:
+    "The tensors of `layer` for the statistics `new`; given the `old` ones, also weight and bias that make up for the change"
+    values = dict(new, num_batches_tracked=torch.tensor(count))
     values = {k: values[k].to(b.dtype) for k,b in stats_buffers(layer).items()}
     if old is None: return values
     mean,var = values['running_mean'].double(),values['running_var'].double() # as they will be stored
@@ -253,13 +274,16 @@ def recalibrate_bn(
     n_batches:int|None=None, # Use so many; all if not given
     n_inp:int|None=None, # How many elements of a tuple the model takes; all but the last if not given
     progress:bool=True, # Show a progress bar?
+    stats:str='all', # `'mean'` re-estimates the mean alone: the variance stays
+    prior:float|None=None, # Let the old statistics count as so many more batches of mean size
 ) -> pd.DataFrame: # The drift: `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
     "Set running statistics to those of `batches`; bad input raises `ValueError`, and on any exception nothing has changed"
-    observer,chosen = _observer(method, preserve),layers_with_stats(model, layers)
+    _check_mixture(stats, prior)
+    chosen,settle = layers_with_stats(model, layers),_Settle(before := _stored(model), stats, prior)
+    observer = _observer(method, preserve, settle)
     _check_writable(model, chosen, preserve)
-    before = _stored(model)
     found,count,why = _measure(model, batches, chosen, observer, n_batches, n_inp, progress)
-    values = {n: _new_values(chosen[n], m, count, before[n] if preserve else None) for n,m in found.items()}
+    values = {n: _new_values(chosen[n], settle(n, m, count), count, before[n] if preserve else None) for n,m in found.items()}
     with _written({f'{n}.{k}': (getattr(chosen[n], k), v) for n in values for k,v in values[n].items()}):
         for reason in why: warnings.warn(f"{reason} They keep their statistics.", stacklevel=2)
         return bn_drift(model, before)

@@ -103,7 +103,7 @@ def first_layer_inputs(model):
         return model[0][0](x).double().transpose(0, 1).flatten(1)
 
 
-def check_recalibration(method, preserve, sync_bn):
+def check_recalibration(method, preserve, sync_bn, prior=None):
     set_seed(0)
     model = body_and_head()
     if sync_bn:
@@ -111,10 +111,10 @@ def check_recalibration(method, preserve, sync_bn):
     model[0][1].running_mean += dist.get_rank()  # as after training: each rank has its own
     wrapped = model if sync_bn else DistributedDataParallel(model, broadcast_buffers=False)
     y = rank0([model.eval()(share(0)[0])])[0]
-    drift = recalibrate_bn(wrapped, share(dist.get_rank()), method=method, preserve=preserve, progress=False)
-    x = first_layer_inputs(model)
-    torch.testing.assert_close(model[0][1].running_mean.double(), x.mean(1), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model[0][1].running_var.double(), x.var(1), rtol=1e-5, atol=0)
+    drift = recalibrate_bn(wrapped, share(dist.get_rank()), method=method, preserve=preserve, progress=False, prior=prior)
+    x, w = first_layer_inputs(model), (prior or 0) / ((prior or 0) + 4)  # rank 0 has a mean of 0 and a variance of 1
+    torch.testing.assert_close(model[0][1].running_mean.double(), (1 - w) * x.mean(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model[0][1].running_var.double(), (1 - w) * x.var(1) + w, rtol=1e-5, atol=0)
     state = [*model.state_dict().values(), torch.tensor(drift.kl.to_numpy())]
     assert same(rank0(state), state), 'ranks differ'
     assert int(model[0][1].num_batches_tracked) == 4
@@ -139,6 +139,7 @@ def check_statistics():
         for preserve in (False, True):
             for sync_bn in (False, True):
                 check_recalibration(method, preserve, sync_bn)
+        check_recalibration(method, False, False, prior=2)
     rank = dist.get_rank()
     check_failing_rank([x * float('nan') if rank else x for x in share(rank)], ['rank 1: ValueError: Batch 1', 'Batch 1'])
     check_failing_rank([], ['yields nothing'] * 2)

@@ -49,6 +49,18 @@ def test_statistics_of_the_learners_own_data():
     assert list(drift.columns) == DRIFT and drift.layer.tolist() == ['0.1', '0.4', '1.2'] and (drift.kl > 0).all()
 
 
+def test_mean_only_and_prior():
+    learn = trained()
+    first = learn.model[0][1]
+    mean, var = first.running_mean.clone(), first.running_var.clone()
+    learn.recalibrate_bn(ds_idx=1, stats='mean', prior=1)
+    n = len(learn.dls.valid)
+    with torch.no_grad():
+        x = pooled(learn.model[0][0](torch.cat([b[0] for b in learn.dls.valid])))
+    torch.testing.assert_close(first.running_mean, ((x.mean(1) * n + mean) / (n + 1)).float(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(first.running_var, var)
+
+
 def test_what_is_left_alone():
     learn = trained()
     before = whole(learn)

@@ -208,6 +208,47 @@ def test_preserve_with_a_dead_channel():
     torch.testing.assert_close(bn(x[0]), y, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize('method', ['batch', 'sequential'])
+@pytest.mark.parametrize('preserve', [False, True])
+@pytest.mark.parametrize('how', [dict(stats='mean'), dict(prior=6), dict(stats='mean', prior=1.5), dict(prior=0)])
+def test_part_of_the_old_statistics_stays(how, preserve, method):
+    model, batches = conv_net(), images()
+    start, y, first = snapshot(model), model.eval()(batches[1]), inputs_of([model[1]], model, batches)[model[1]]
+    recal(model, batches, method=method, preserve=preserve, **how)
+    w, only_mean = how.get('prior', 0) / (how.get('prior', 0) + len(batches)), how.get('stats') == 'mean'
+    seen = inputs_of(bn_layers(model), model.eval(), batches)
+    for (name, old), (layer, x) in zip(start.items(), seen.items(), strict=True):
+        if method == 'sequential' or layer is model[1]:
+            x = first if layer is model[1] else x
+            mean, var = ((1 - w) * new + w * old[k] for new, k in ((x.mean(1), 'running_mean'), (x.var(1), 'running_var')))
+            torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(layer.running_var.double(), old['running_var'] if only_mean else var, rtol=1e-5, atol=1e-6)
+        assert not only_mean or torch.equal(layer.running_var.double(), old['running_var'])
+    if preserve:
+        torch.testing.assert_close(model(batches[1]), y, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_are_centred_on_their_way_where_the_variance_stays():
+    x = images((8, 8))
+    for norm, dims in ((nn.BatchNorm2d(3, affine=False), (0, 2, 3)), (nn.InstanceNorm2d(3, track_running_stats=True), (2, 3))):
+        model = nn.Sequential(norm, nn.BatchNorm2d(3))
+        norm.running_var.fill_(4.0), norm.running_mean.fill_(7.0)
+        recal(model, x, stats='mean')
+        want = torch.cat([(i - i.mean(dims, keepdim=True)).double() / (4 + norm.eps) ** 0.5 for i in x])
+        torch.testing.assert_close(model[1].running_mean.double(), want.mean((0, 2, 3)), rtol=0, atol=1e-6)
+        assert norm.running_var.tolist() == [4, 4, 4] and model[1].running_var.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize('method', ['batch', 'sequential'])
+def test_a_mean_needs_a_single_value_and_a_prior_of_nothing_heals(method):
+    model = nn.BatchNorm1d(2)
+    recal(model, [torch.tensor([[5.0, 7.0]])], stats='mean', method=method)
+    assert model.running_mean.tolist() == [5, 7] and model.running_var.tolist() == [1, 1]
+    model.running_mean.fill_(float('nan'))
+    recal(model, [torch.tensor([[5.0, 7.0], [7.0, 9.0]])], prior=0, method=method)
+    assert model.running_mean.tolist() == [6, 8]
+
+
 def test_only_what_is_chosen_changes():
     model = conv_net()
     model[3].eval(), model[5].eval()
@@ -267,6 +308,9 @@ BAD = {
     'method': (images, dict(method='exact'), ValueError, "'exact'.*'batch', 'sequential'"),
     'n_batches': (images, dict(n_batches=0), ValueError, 'n_batches'),
     'one pass': (lambda: iter(images()), dict(method='sequential'), ValueError, 'DataLoader'),
+    'stats': (images, dict(stats='var'), ValueError, "'var'.*'all', or 'mean'"),
+    'prior': (images, dict(prior=-1), ValueError, '`prior`.*from 0 up'),
+    'odd prior': (images, dict(prior=True), ValueError, '`prior`.*not True'),
     'odd method': (images, dict(method=['batch']), ValueError, "'batch', 'sequential'"),
     'empty batches': (lambda: [torch.zeros(0, 3, 6, 6)], {}, ValueError, 'all batches are empty'),
     'dict batch': (lambda: [dict(x=images()[0])], {}, ValueError, 'dict'),

@@ -80,6 +80,7 @@ def statistics(model: nn.Module, batches: list[tuple[Tensor, Tensor]], loader: t
     assert_type(bn_shift(model, batches, n_batches=2, n_inp=1, progress=False), pd.DataFrame)
     assert_type(recalibrate_bn(model, batches), pd.DataFrame)
     assert_type(recalibrate_bn(model, loader, '0.*', 'sequential', preserve=True, n_batches=None), pd.DataFrame)
+    assert_type(recalibrate_bn(model, batches, stats='mean', prior=2), pd.DataFrame)
     assert_type(recalibrate_bn(model, (x for _ in range(3))), pd.DataFrame)
     assert_type(symmetric_kl(x, x, x, x), Tensor)
     bn_drift(model)  # reportCallIssue
