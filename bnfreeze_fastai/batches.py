@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['wrong', 'check_batches', 'model_inputs', 'check_device', 'with_progress']
+__all__ = ['wrong', 'check_batches', 'model_inputs', 'tensors_in', 'check_device', 'memory_for', 'with_progress']
 
 # %% ../nbs/01b_batches.ipynb #aa1afc49
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
-from numbers import Number
+from numbers import Number, Real
 
-import torch
+import psutil, torch
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
@@ -55,11 +55,13 @@ def model_inputs(
                      "give a generator of such tuples.")
 
 # %% ../nbs/01b_batches.ipynb #767d3fd2
-def _devices(x) -> set[torch.device]:
-    "The devices of the tensors in `x`, however nested"
-    if isinstance(x, Tensor): return {x.device}
-    if isinstance(x, Mapping): return _devices(tuple(x.values()))
-    return set().union(*map(_devices, x)) if isinstance(x, (tuple, list)) else set()
+def tensors_in(
+    x, # Tensors and other values, in tuples, lists and dicts
+) -> list[Tensor]:
+    "The tensors in `x`, however nested"
+    if isinstance(x, Tensor): return [x]
+    if isinstance(x, Mapping): x = tuple(x.values())
+    return [t for o in x for t in tensors_in(o)] if isinstance(x, (tuple, list)) else []
 
 # %% ../nbs/01b_batches.ipynb #e12c66a6
 def check_device(
@@ -67,10 +69,23 @@ def check_device(
     model:nn.Module,
 ) -> None:
     "Raise `ValueError` if none of the inputs is where the model is; some models take a few on the CPU, such as lengths"
-    theirs,ours = _devices(inputs),{t.device for t in (*model.parameters(), *model.buffers())}
+    theirs,ours = {t.device for t in tensors_in(inputs)},{t.device for t in (*model.parameters(), *model.buffers())}
     if not theirs or not ours or theirs & ours: return
     raise ValueError(f"The batches are on {', '.join(map(str, theirs))}, but the model is on {', '.join(map(str, ours))}: "
                      "move one to the other, as by `model.to(device)`.")
+
+# %% ../nbs/01b_batches.ipynb #e49d7969
+def memory_for(
+    max_mem:float|None, # Bytes that may be used; half of what is free if not given, and `ValueError` if no such number
+    device:str|torch.device='cpu', # Where
+) -> float: # In bytes
+    "How much memory may be used"
+    if max_mem is None:
+        free = torch.cuda.mem_get_info(device)[0] if torch.device(device).type == 'cuda' else psutil.virtual_memory().available
+        return free // 2
+    if not isinstance(max_mem, Real) or isinstance(max_mem, bool) or not max_mem >= 0:
+        raise ValueError(f"`max_mem` is a number of bytes, or None for half of what is free, not {max_mem!r}.")
+    return max_mem
 
 # %% ../nbs/01b_batches.ipynb #140604c7
 def with_progress(

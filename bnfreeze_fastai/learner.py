@@ -190,13 +190,14 @@ def recalibrate_bn(self:Learner,
     dl:Iterable[Any]|None=None, # Loader to take them from instead
     n_batches:int|None=None, # Use so many; all if not given
     layers:str='*', # Glob over the dotted names of norm layers; the others stay as they are
-    method:str='batch', # `'batch'`, or `'sequential'`: exact for the network in evaluation, one pass per layer
+    method:str='batch', # `'batch'`, or `'sequential'`: exact for the network in evaluation
     preserve:bool=False, # Rescale weight and bias too, so that the network computes what it computed before?
     stats:str='all', # `'mean'` re-estimates the mean alone: the variance stays
     prior:float|None=None, # Let the old statistics count as so many more batches of mean size
+    max_mem:float|None=None, # Bytes that `'sequential'` may keep for its batches, half of what is free if not given
 ) -> pd.DataFrame: # The drift: `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
     "Set running statistics to those of the data, exactly; only `preserve` changes weights. Bad input raises `ValueError` first"
-    how = dict(layers=layers, method=method, preserve=preserve, n_batches=n_batches, stats=stats, prior=prior)
+    how = dict(layers=layers, method=method, preserve=preserve, n_batches=n_batches, stats=stats, prior=prior, max_mem=max_mem)
     drift = recalibrate(self.model, **how, **_batches(self, ds_idx, dl))
     rescaled = layers_with_stats(self.model, layers).values() if preserve else ()
     if self.opt is not None: level_slow_weights(self.opt, {p for l in rescaled for p in affine_params(l)})

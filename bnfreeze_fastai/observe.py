@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Settle', 'of_the_data', 'Observer', 'ByBatch', 'OneByOne', 'observe']
+__all__ = ['Settle', 'of_the_data', 'Observer', 'ByBatch', 'OneByOne', 'finite', 'check_passes', 'refuse_iterator',
+           'warn_of_fewer', 'undisturbed', 'observe']
 
 # %% ../nbs/01c_observe.ipynb #1bdcb43e
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import reduce
 from graphlib import CycleError, TopologicalSorter
 from inspect import signature
@@ -64,7 +65,11 @@ class Observer(TorchFunctionMode):
         if name is not None: self.empty.add(name)
         elif getattr(func, '__name__', '') != '__get__': # an attribute, such as the device
             self.elsewhere |= {self.names[t] for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor) and t in self.names}
-        return func(*args, **(kwargs or {}))
+        return self.run(func, *args, **(kwargs or {}))
+
+    def run(self, func:Callable, *args, **kwargs):
+        "Make a call that the model makes"
+        return func(*args, **kwargs)
 
     def measure(self,
         func:Callable, # `F.batch_norm` or `F.instance_norm`
@@ -128,16 +133,24 @@ class OneByOne(Observer):
     "An observer that measures one layer in each pass, while those measured before normalise with what was found"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.known = {}
+        self.begin()
+
+    def begin(self):
+        "Forget what was found"
+        self.known,self.order,self.paths = {},None,set()
         self.calls,self.most_calls = Counter(),Counter() # of each layer in a forward pass; a Counter keeps the order of first calls
 
     def normalise(self, func:Callable, call:dict, name:str) -> Tensor:
         self.calls[name] += 1
-        if name in self.known: call |= {k: t.to(call[k]) for k,t in self.known[name].items()}
+        if name in self.known: call |= self.new_stats(call, name)
         elif self.order and name == self.order[0]:
             self.measure(func, call, name)
             if self.calls[name] == self.most_calls[name]: raise _Enough
         return func(**call)
+
+    def new_stats(self, call:dict, name:str) -> dict[str, Tensor]: # Arguments by name
+        "What was found for a layer, in the types of its call"
+        return {k: t.to(call[k]) for k,t in self.known[name].items()}
 
     def forward(self, model:nn.Module, inputs:tuple) -> list[tuple[str, Moments]]:
         self.calls.clear()
@@ -156,6 +169,17 @@ class OneByOne(Observer):
         return bool(self.order)
 
 # %% ../nbs/01c_observe.ipynb #9b4f7c31
+def finite(
+    m:Moments, # Of one batch; `ValueError` if one is not finite
+    name:str, # Of the layer
+    number:int, # Of the batch, from 1
+) -> Moments: # On the CPU in float64
+    "The moments of a batch, ready to be pooled"
+    m = m._replace(mean=m.mean.cpu().double(), m2=m.m2.cpu().double())
+    if (m.mean.isfinite() & m.m2.isfinite()).all(): return m
+    raise ValueError(f"Batch {number} gives the layer {name!r} values that are not finite, or too large to square. "
+                     "Look for NaN or infinity in the data, the weights and the stored statistics.")
+
 def _one_pass(model:nn.Module, batches:Iterable, observer:Observer, n_inp:int|None) -> tuple[dict[str, Moments], int]:
     "What `observer` sees in one pass over `batches`, pooled, and their number"
     found,count = {},0
@@ -163,28 +187,49 @@ def _one_pass(model:nn.Module, batches:Iterable, observer:Observer, n_inp:int|No
         inputs = model_inputs(batch, n_inp)
         check_device(inputs, model)
         for name,m in observer.forward(model, inputs):
-            m = m._replace(mean=m.mean.cpu().double(), m2=m.m2.cpu().double())
-            if not (m.mean.isfinite() & m.m2.isfinite()).all():
-                raise ValueError(f"Batch {count} gives the layer {name!r} values that are not finite, or too large to square. "
-                                 "Look for NaN or infinity in the data, the weights and the stored statistics.")
+            m = finite(m, name, count)
             found[name] = pool(found[name], m) if name in found else m
     return found,count
 
 # %% ../nbs/01c_observe.ipynb #b8cefbde
-def _check_passes(observer:Observer, batches:Iterable, n_batches:int|None, n_inp:int|None):
-    "Raise `ValueError` if `batches` cannot be gone through as `observer` wants"
+def check_passes(
+    batches:Iterable, # To be gone through
+    n_batches:int|None, # At most so many
+    n_inp:int|None, # Elements of a tuple that the model takes
+) -> None:
+    "Raise `ValueError` if `batches` cannot be gone through so"
     check_batches(batches)
     for name,n,all_of in (('n_batches', n_batches, 'all batches'), ('n_inp', n_inp, 'all elements but the last')):
         if n is not None and (not isinstance(n, Integral) or isinstance(n, bool) or n < 1):
             raise ValueError(f"`{name}` is {n!r}: give a whole number from 1 up, or None for {all_of}.")
-    if isinstance(observer, OneByOne) and isinstance(batches, Iterator):
-        raise ValueError("method='sequential' goes through the batches once for each layer, but these can be gone through once only: "
-                         "give a list or a DataLoader.")
 
-def _warn_of_fewer(n_batches:int|None, counts:Sequence[int]):
+def refuse_iterator(
+    batches:Iterable, # To be gone through once for each layer
+    why:str='', # In words
+) -> None:
+    "Raise `ValueError` if `batches` can be gone through once only"
+    if not isinstance(batches, Iterator): return
+    raise ValueError(f"method='sequential' goes through the batches once for each layer{why}, but these can be gone through once only: "
+                     "give a list or a DataLoader.")
+
+def warn_of_fewer(
+    n_batches:int|None, # Asked for
+    counts:Sequence[int], # Of batches, by rank
+) -> None:
     "Warn, on one rank, if any had fewer batches than were asked for"
     if n_batches is None or this_rank() or not 0 < min(counts) < n_batches: return
     warnings.warn(f"`n_batches` is {n_batches}, but there are only {min(counts)} batches: all of them were used.", stacklevel=5)
+
+@contextmanager
+def undisturbed(
+    root:nn.Module, # Not wrapped
+    batches:Iterable, # Whose own generators are kept as well
+):
+    "`root` in evaluation mode, without gradients and uncompiled; on leaving, it and all random numbers are as they were"
+    with ExitStack() as stack:
+        for guard in (kept_rng(batches), evaluating(root)): stack.enter_context(guard)
+        if is_compiled(root): stack.enter_context(torch.compiler.set_stance('force_eager'))
+        yield
 
 def observe(
     model:nn.Module, # Wrapped or not
@@ -195,21 +240,19 @@ def observe(
     progress:bool=True, # Show a progress bar?
 ) -> tuple[dict[str, Moments], int]: # What each layer saw, by name, and the number of batches, over all ranks
     "Run `model` over `batches`, in as many passes as `observer` wants"
-    _check_passes(observer, batches, n_batches, n_inp)
+    check_passes(batches, n_batches, n_inp)
+    if isinstance(observer, OneByOne): refuse_iterator(batches)
     root,found,more = named_modules(model)[''],{},True
     show = progress and this_rank() == 0
     bar = None
     def run(): return *_one_pass(root, with_progress(batches, n_batches, show and bar is None), observer, n_inp),observer.paths
     while more:
-        with ExitStack() as stack:
-            for guard in (kept_rng(batches), evaluating(root)): stack.enter_context(guard)
-            if is_compiled(root): stack.enter_context(torch.compiler.set_stance('force_eager'))
-            per_rank,counts,paths = zip(*on_all_ranks(run, model))
+        with undisturbed(root, batches): per_rank,counts,paths = zip(*on_all_ranks(run, model))
         names = dict.fromkeys(name for seen in per_rank for name in seen)
         new = {name: reduce(pool, [seen[name] for seen in per_rank if name in seen]) for name in names}
         found |= new
         more = observer.another_pass(new, sum(counts), [path for each in paths for path in sorted(each)])
         if show and bar is None and observer.order: bar = progress_bar(None, total=len(observer.order)) # of layers, from now on
         if bar is not None: bar.update(bar.total - len(observer.order))
-    _warn_of_fewer(n_batches, counts)
+    warn_of_fewer(n_batches, counts)
     return found,sum(counts)

@@ -21,10 +21,10 @@ __all__ = ['DTYPES', 'FeatureBatches', 'Origin', 'ServeFeatures', 'precomputed']
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from numbers import Integral, Real
+from numbers import Integral
 from typing import NamedTuple
 
-import psutil, torch
+import torch
 from fastai.callback.core import GatherPredsCallback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
@@ -32,7 +32,7 @@ from fastai.torch_core import to_device
 from fastcore.basics import GetAttr
 from torch import Tensor
 
-from .batches import with_progress
+from .batches import memory_for, with_progress
 from .cut import Cut, noted, resumable, unmarked
 from .frozen_part import (N_TRIED, WatchFrozen, autocast, device_of, find_frozen_part, frozen_and_trained, one_input, ready,
                                          refuse_setting, unchanging)
@@ -48,8 +48,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def _check_arguments(n_aug, max_mem, dtype):
     if n_aug is not None and (not isinstance(n_aug, Integral) or isinstance(n_aug, bool) or n_aug < 1):
         raise ValueError(f"`n_aug` is how many versions of each training sample to keep: 1 or more, or None, not {n_aug!r}.")
-    if max_mem is not None and (not isinstance(max_mem, Real) or isinstance(max_mem, bool) or not max_mem >= 0):
-        raise ValueError(f"`max_mem` is a number of bytes, or None for half of what is free, not {max_mem!r}.")
+    memory_for(max_mem) # refuses what is no number
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"Features cannot be kept as {dtype!r}: choose one of {', '.join(map(str, DTYPES))}, or None for as they come.")
 
@@ -229,7 +228,7 @@ def precomputed(
     refuse_setting(learn)
     _refuse_mixing(learn)
     data = _data(learn, n_aug)
-    left = psutil.virtual_memory().available // 2 if max_mem is None else max_mem
+    left = memory_for(max_mem)
     with ExitStack() as stack:
         with ready(learn), kept_rng(*(d.dl for d in data)):
             frozen_and_trained(learn) # what it refuses, it refuses at once

@@ -26,9 +26,10 @@ import pandas as pd, torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .batches import wrong
+from .batches import memory_for, wrong
 from .core import affine_params, check_glob, keeps_stats, named_modules, norm_layers, stats_buffers
 from .moments import Moments
+from .in_step import observe_in_step
 from .observe import ByBatch, Observer, OneByOne, observe
 from .ranks import gathered
 from .restore import standing_in
@@ -169,11 +170,12 @@ class _Measured(NamedTuple):
     why:list[str] # Why the others were not reached, in words
 
 def _measure(model:nn.Module, batches:Iterable, chosen:Mapping[str, nn.Module], observer:Callable[[Mapping], Observer],
-             n_batches:int|None, n_inp:int|None, progress:bool) -> _Measured:
+             n_batches:int|None, n_inp:int|None, progress:bool, max_mem:float|None=None) -> _Measured:
     "What `batches` give the chosen layers"
     by_buffer = {l.running_mean: n for n,l in reversed(chosen.items())}
     watch = observer(by_buffer)
-    with _calls_noted(chosen) as called: found,count = observe(model, batches, watch, n_batches, n_inp, progress)
+    look = partial(observe_in_step, max_mem=max_mem) if isinstance(watch, OneByOne) else observe
+    with _calls_noted(chosen) as called: found,count = look(model, batches, watch, n_batches, n_inp, progress)
     if not count: raise ValueError("There are no batches: the loader yields nothing. Look at its dataset, its batch size and `drop_last`.")
     found = {n: found[by_buffer[l.running_mean]] for n,l in chosen.items() if by_buffer[l.running_mean] in found}
     used,empty = (set().union(*per_rank) for per_rank in zip(*gathered((called | watch.elsewhere, watch.empty), model)))
@@ -267,7 +269,7 @@ def _written(values:Mapping[str, tuple[Tensor, Tensor]]):
 # %% ../nbs/02_stats.ipynb #e4328643
 def recalibrate_bn(
     model:nn.Module, # Any model
-    batches:Iterable[Any], # Tensors, or tuples with the model's inputs first; of training size; for `'sequential'` to be gone through again
+    batches:Iterable[Any], # Tensors, or tuples with the model's inputs first; of training size
     layers:str='*', # Glob over the dotted names of norm layers; the others stay as they are
     method:str='batch', # `'batch'` or `'sequential'`, see above
     preserve:bool=False, # Rescale weight and bias too, so that the network computes what it computed before?
@@ -276,13 +278,15 @@ def recalibrate_bn(
     progress:bool=True, # Show a progress bar?
     stats:str='all', # `'mean'` re-estimates the mean alone: the variance stays
     prior:float|None=None, # Let the old statistics count as so many more batches of mean size
+    max_mem:float|None=None, # Bytes that `'sequential'` may keep for its batches, half of what is free if not given
 ) -> pd.DataFrame: # The drift: `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
     "Set running statistics to those of `batches`; bad input raises `ValueError`, and on any exception nothing has changed"
     _check_mixture(stats, prior)
+    memory_for(max_mem) # refuses what is no number
     chosen,settle = layers_with_stats(model, layers),_Settle(before := _stored(model), stats, prior)
     observer = _observer(method, preserve, settle)
     _check_writable(model, chosen, preserve)
-    found,count,why = _measure(model, batches, chosen, observer, n_batches, n_inp, progress)
+    found,count,why = _measure(model, batches, chosen, observer, n_batches, n_inp, progress, max_mem)
     values = {n: _new_values(chosen[n], settle(n, m, count), count, before[n] if preserve else None) for n,m in found.items()}
     with _written({f'{n}.{k}': (getattr(chosen[n], k), v) for n in values for k,v in values[n].items()}):
         for reason in why: warnings.warn(f"{reason} They keep their statistics.", stacklevel=2)

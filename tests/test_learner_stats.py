@@ -91,7 +91,9 @@ def test_loaders_of_any_sort():
     np.testing.assert_allclose(shifts, [shifts[0]] * len(shifts))
     assert learn.bn_shift(dl=learn.dls.test_dl(range(8), with_labels=False)).kl.notna().all()
     with pytest.raises(ValueError, match='DataLoader'):
-        learn.recalibrate_bn(dl=iter(batches), method='sequential')
+        learn.recalibrate_bn(dl=iter(batches), method='sequential', max_mem=0)
+    learn.recalibrate_bn(dl=iter(batches), method='sequential')
+    assert int(learn.model[0][1].num_batches_tracked) == len(batches)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ FLOORS = [
     'moments',
     'batches',
     'observe',
+    'in_step',
     'policy',
     'stats',
     'fixed',

@@ -148,13 +148,15 @@ def test_sequential_is_exact_for_the_network_in_evaluation(make):
     assert not torch.allclose(bn_layers(by_batch)[-1].running_var, bn_layers(model)[-1].running_var, rtol=1e-3)
 
 
-def test_sequential_runs_each_pass_up_to_its_layer_only():
+@pytest.mark.parametrize('max_mem,want', [(None, [5, 5, 5, 5, 5]), (0, [10, 7, 7, 4, 4])])
+def test_sequential_runs_one_pass_or_each_up_to_its_layer_only(max_mem, want):
+    "Beside a look at the first batch, and another one at it in the end where batches went in step"
     model, batches = conv_net(), images()
     calls = {i: 0 for i in range(len(model))}
     for i, m in enumerate(model):
         m.register_forward_pre_hook(lambda m, a, i=i: calls.update({i: calls[i] + 1}))
-    recal(model, batches, method='sequential')
-    assert [calls[i] for i in (0, 2, 5, 6, 10)] == [12, 9, 9, 6, 6]  # one pass to the end, then up to 1, up to 5, up to 10
+    recal(model, batches, method='sequential', max_mem=max_mem)
+    assert [calls[i] for i in (0, 2, 5, 6, 10)] == want
 
 
 def test_a_layer_called_twice_pools_both_calls():
@@ -307,7 +309,8 @@ BAD = {
     'glob': (images, dict(layers='9.*'), ValueError, r"'9\.\*'.*'1', '5', '10'"),
     'method': (images, dict(method='exact'), ValueError, "'exact'.*'batch', 'sequential'"),
     'n_batches': (images, dict(n_batches=0), ValueError, 'n_batches'),
-    'one pass': (lambda: iter(images()), dict(method='sequential'), ValueError, 'DataLoader'),
+    'one pass': (lambda: iter(images()), dict(method='sequential', max_mem=0), ValueError, 'max_mem.*DataLoader'),
+    'max_mem': (images, dict(max_mem='2 GB'), ValueError, '`max_mem` is a number of bytes.*2 GB'),
     'stats': (images, dict(stats='var'), ValueError, "'var'.*'all', or 'mean'"),
     'prior': (images, dict(prior=-1), ValueError, '`prior`.*from 0 up'),
     'odd prior': (images, dict(prior=True), ValueError, '`prior`.*not True'),
