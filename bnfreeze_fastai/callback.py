@@ -31,7 +31,8 @@ from .core import MODES, affine_params, bn_mode, is_compiled, norm_layers, norm_
 from .fixed import drop_grads, fingerprint, level_slow_weights, named_tensors
 from .guard import Guard, look_moving, other_buffers
 from .point import Frozen, FreezePoint, thawed_by_hand, unknown_to_optimizer
-from .policy import ModeSpec, Policy, Schedule, Stages, check_policy, check_schedule, frozen_groups, layer_modes, stages
+from .policy import (ModeSpec, Policy, Schedule, Stages, check_policy, check_schedule, frozen_groups, layer_modes,
+                                    pretrained_norms, stages, trained_now)
 from .ranks import is_distributed
 from .stats import snapshot
 
@@ -73,16 +74,18 @@ class BatchNormFreeze(Callback):
     schedule_log:dict[float, tuple[int, int]] # fraction of the last fit to the epoch and batch in which its change came
     moving_buffers:list[str] # buffers of the frozen part that no mode governs, and that a fit has moved
     _learn,_stateattrs = None,('_fits', '_traced')
+    _trained:frozenset[str]|None = None # norm layers whose statistics were trained when the policy was set; 0.1 did not keep them
 
     def __init__(self,
         bn:ModeSpec='frozen', # Mode of norm layers in frozen groups, or a dict of globs over layer names to modes
         bn_above:ModeSpec='train', # The same for trained groups
         verify:bool=True, # Check after each training epoch that what is fixed has not changed, and raise `RuntimeError` if it has?
         schedule:Schedule|None=None, # Fraction of a fit to what changes from there on, such as `{0.7: dict(bn_above='affine-only')}`
+        throughout:bool=False, # Do pretrained layers keep the mode `bn` once they are unfrozen too? `bn_above` is then for all others
     ):
         self._init_state()
         self._point,self._groups,self._found,self._warned,self.moving_buffers = FreezePoint(),[],{},set(),[]
-        self.bn_policy,self.bn_start,self.verify = check_policy(Policy(bn, bn_above)),{},verify
+        self.bn_policy,self.bn_start,self.verify = check_policy(Policy(bn, bn_above, throughout)),{},verify
         self.schedule,self.schedule_log,self._applied = check_schedule(schedule),{},False
 
     def _init_state(self): self._fits,self._traced = [],frozenset()
@@ -147,6 +150,7 @@ def _attach(self:BatchNormFreeze):
     learn,previous = self.learn,active_callback(self.learn)
     self._init_state()
     self.bn_start,self._warned,self.moving_buffers = snapshot(learn.model),set(),[]
+    self._trained = trained_now(learn.model)
     if previous is not None:
         _hand_over(previous, self)
         self._splitter = previous._splitter
@@ -217,8 +221,16 @@ def modes(self:BatchNormFreeze,
     policy:Policy|None=None, # The one in force if not given
 ) -> dict[str, str]: # Name of each norm layer to its mode
     "The mode that the policy gives every norm layer of the Learner's model at the freeze point in force"
-    now = self.look()
-    return layer_modes(self.model, self.opt.param_lists, now.groups, policy or self.policy_now, now.by_hand)
+    return self._modes(self.look(), policy or self.policy_now)
+
+@patch
+def _modes(self:BatchNormFreeze, now:Frozen, policy:Policy) -> dict[str, str]:
+    return layer_modes(self.model, self.opt.param_lists, now.groups, policy, now.by_hand, self._trained)
+
+@patch(as_prop=True)
+def pretrained(self:BatchNormFreeze) -> list[str]: # Dotted names
+    "The norm layers that `throughout` is about"
+    return pretrained_norms(self.model, self.opt.param_lists, self._trained)
 
 # %% ../nbs/03_callback.ipynb #6880a7f5
 def frozen_in_force(
@@ -276,9 +288,11 @@ def _fixed(self:BatchNormFreeze, modes:dict[str, str]) -> tuple[list[nn.Paramete
 @patch
 def set_policy(self:BatchNormFreeze,
     policy:Policy,
+    trained:frozenset[str]|None=None, # Norm layers that came with trained statistics; those that have them now if not given
 ) -> None:
     "Follow `policy` from now on, and count movement from here"
     self.bn_policy,self.bn_start = check_policy(policy, self.model),snapshot(self.model)
+    self._trained = trained_now(self.model) if trained is None else trained
     self._found = {}
     self._point.forget()
     for fit in self._fits: fit.stages,fit.anew = self._stages(),True
@@ -311,7 +325,7 @@ def before_fit(self:BatchNormFreeze) -> None:
     if not self._in_force(): return
     fit = _Fit(self._stages(), {p: (p.requires_grad, p.grad) for p in norm_params(self.model)})
     now,layers = self._point.look(self.model, self.opt),norm_layers(self.model)
-    modes = layer_modes(self.model, self.opt.param_lists, now.groups, fit.stages.policy, now.by_hand)
+    modes = self._modes(now, fit.stages.policy)
     if is_distributed(): self._refuse_to_change_what_trains(fit)
     self._fits.append(fit)
     set_affine({layers[n]: mode for n,mode in modes.items()}, among={p for group in self.opt.param_lists for p in group})
@@ -383,12 +397,17 @@ def _start(self:BatchNormFreeze, fit:_Fit, stage:int):
 def _tell_of_hands(self:BatchNormFreeze, fit:_Fit):
     "Warn once of what somebody thawed or froze by hand"
     thawed,groups = thawed_by_hand(self.model, self.opt.param_lists, fit.frozen)
-    by_hand = sorted(fit.frozen.by_hand)
+    by_hand,throughout = sorted(fit.frozen.by_hand),self.policy_now.throughout
+    so = "their norm layers keep the mode `bn`, as `throughout` has it" if throughout else (
+         "so their norm layers have the modes of the trained part (`bn_above`)")
     told = {
         f"Below the freeze point {thawed} train, which somebody thawed by hand. The norm layers around them keep the modes of the frozen "
         "part.": thawed,
-        f"Of the parameter groups below the freeze point, {groups} were thawed by hand, so their norm layers have the modes of the trained "
-        "part (`bn_above`). `learn.freeze_to_bn(n)` moves the freeze point itself.": groups,
+        f"Of the parameter groups below the freeze point, {groups} were thawed by hand, {so}. `learn.freeze_to_bn(n)` moves the "
+        "freeze point itself.": groups,
+        "`throughout=True` holds nothing: there is no norm layer before the last parameter group or, in a Learner with one group, none "
+        "whose statistics were trained when the policy was set. Load the weights before that, or give the Learner a `splitter`.":
+            throughout and norm_layers(self.model) and not self.pretrained,
         f"The norm layers {by_hand} were frozen by hand with the layers before them, so they have the mode of the frozen part (`bn`). To "
         "give them another one, call `learn.freeze_to_bn` with globs for `bn`.": by_hand}
     for text in (text for text,names in told.items() if names and text not in self._warned):

@@ -28,6 +28,7 @@ from .batches import with_progress, wrong
 from .differences import paired_differences, table_html, table_text
 from .folders import process_folder
 from .plots import plot_differences, plot_scores
+from .policy import Policy, told_policy
 from .restore import kept_rng
 from .results import COLUMNS, Results
 from .runs import (FITS, Fit, Policies, as_seeds, check_epochs, check_lr, check_policies, is_function, n_batches,
@@ -127,7 +128,7 @@ def _told(policy) -> str:
     "A policy as the settings have it; a function by name, as nothing tells what it does"
     if isinstance(policy, partial): return f'{_told(policy.func)} with some arguments given'
     if hasattr(policy, '__qualname__'): return f'function {policy.__qualname__}'
-    return policy._asdict() if hasattr(policy, '_asdict') else str(policy)
+    return told_policy(policy) if isinstance(policy, Policy) else str(policy)
 
 # %% ../nbs/07_compare.ipynb #244d24f7
 def _run(name:str, seed:int, **how) -> list[dict]:

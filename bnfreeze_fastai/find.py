@@ -61,6 +61,8 @@ def default_candidates(
     modes = {part: _distinct_modes(layers[n] for n in names) for part,names in (('below', below), ('above', above)) if names}
     if not modes: raise ValueError("There is nothing to choose: the model has no pretrained norm layers, and none in frozen groups.")
     keep = lambda mode,names: throughout(mode, names, policy.bn_above)
+    if 'above' not in modes and {*below} == {*pretrained_layers(learn)}:
+        return {m: Policy(m, policy.bn_above, throughout=True) for m in modes['below']}
     if 'above' not in modes: return {m: keep(m, below) for m in modes['below']}
     if 'below' not in modes: return {m: keep(m, above)._replace(bn=policy.bn) for m in modes['above']}
     return {f'{m} / {a}': keep(a, above)._replace(bn=m) for m,a in product(modes['below'], modes['above'])}
@@ -111,7 +113,7 @@ def _check_numbers(epochs, cost, lr):
 
 def _put(trial:Learner, policy):
     "Put a candidate onto a copy whose groups are frozen already"
-    if isinstance(policy, Policy): trial.add_cb(BatchNormFreeze(*policy))
+    if isinstance(policy, Policy): trial.add_cb(BatchNormFreeze(**policy._asdict()))
     else: put_policy(trial, policy, sum(_frozen(trial))) # as fastai freezes, whatever policy the Learner had
 
 # %% ../nbs/07b_find.ipynb #87ba7bf1
@@ -187,8 +189,7 @@ def _frozen(trial:Learner) -> list[bool]: return frozen_groups(trial.model, tria
 
 def _candidates(trial:Learner, policies, current:Policy) -> dict: # Name to policy, `'fastai'` or a function
     if policies is None: return default_candidates(trial, _frozen(trial), current)
-    body = pretrained_layers(trial)
-    return {name: throughout(p, body) if p in tuple(MODES) else p for name,p in check_policies(policies).items()}
+    return {name: Policy(p, throughout=True) if p in tuple(MODES) else p for name,p in check_policies(policies).items()}
 
 def _shift(trial:Learner) -> pd.DataFrame: # Of pretrained layers: a new head's statistics are far from any data
     layers = norm_layers(trial.model)

@@ -39,7 +39,7 @@ from .fuse_callback import BatchNormFuse
 from .guard import look_moving, other_buffers
 from .loaders import as_in_fit
 from .point import thawed_by_hand, unknown_to_optimizer
-from .policy import ModeSpec, Policy, check_policy, layer_groups
+from .policy import ModeSpec, Policy, check_policy, layer_groups, told_policy
 from .precompute import precomputed
 from .stats import Snapshot, layers_with_stats, recalibrate_bn as recalibrate
 
@@ -66,17 +66,19 @@ def freeze_to_bn(self:Learner,
     n:int, # Freeze point: parameter groups before `n` are frozen; negative counts from the end; out of range raises `ValueError`
     bn:ModeSpec|None=None, # Mode in frozen groups, or a dict of globs to modes; `None` keeps what is set, at first `'frozen'`
     bn_above:ModeSpec|None=None, # Mode in trained groups, likewise; at first `'train'`
+    throughout:bool|None=None, # Do pretrained layers keep the mode `bn` once they are unfrozen too? At first `False`
 ) -> Learner: # `self`
     "Freeze parameter groups up to `n`, and hold batch norm below and above in the modes given, in every fit from now on"
     cb = active_callback(self)
     current = Policy() if cb is None else cb.bn_policy
-    policy = check_policy(Policy(current.bn if bn is None else bn, current.bn_above if bn_above is None else bn_above), self.model)
+    given = dict(bn=bn, bn_above=bn_above, throughout=throughout)
+    policy = check_policy(current._replace(**{k: v for k,v in given.items() if v is not None}), self.model)
     if any(is_lazy(p) for p in self.model.parameters()):
         raise ValueError("The model has lazy layers without shapes yet, which fastai cannot freeze: run a batch through it first, "
                          "as by `learn.model(learn.dls.one_batch()[0])`.")
     n = _check_freeze_point(self, n)
     if cb is None: self.add_cb(cb := BatchNormFreeze())
-    cb.set_policy(policy)
+    cb.set_policy(policy, cb._trained if throughout is None else None)
     self.freeze_to(n)
     cb.apply()
     return self
@@ -121,7 +123,7 @@ def _told_change(cb:BatchNormFreeze, at:float) -> str:
 def _title(learn:Learner, cb:BatchNormFreeze|None) -> str:
     "The policy, its schedule, and how many parameter groups are frozen"
     policy = ['no BatchNormFreeze: modes as the tensors show them']
-    if cb is not None: policy = [_told(cb.bn_policy._asdict()), *(_told_change(cb, at) for at in cb.schedule)]
+    if cb is not None: policy = [_told(told_policy(cb.bn_policy)), *(_told_change(cb, at) for at in cb.schedule)]
     frozen = frozen_in_force(learn)
     return '; '.join([*policy, f'{sum(frozen)} of {len(frozen)} parameter groups frozen'])
 
@@ -133,8 +135,9 @@ def _notes(learn:Learner, cb:BatchNormFreeze|None) -> list[str]:
     if cb is not None:
         now = cb.look()
         thawed,whole = thawed_by_hand(learn.model, groups, now)
+        so = 'in the mode `bn` by `throughout`' if cb.bn_policy.throughout else 'so in the mode of the trained part'
         told |= {'Frozen by hand, so in the mode of the frozen part': sorted(now.by_hand), 'Thawed by hand below the freeze point': thawed,
-                 'Parameter groups thawed by hand, so in the mode of the trained part': map(str, whole)}
+                 f'Parameter groups thawed by hand, {so}': map(str, whole)}
     return [f"{what}: {', '.join(names)}." for what,names in ((what, [*names]) for what,names in told.items()) if names]
 
 def _shown_mode(layer, mode:str, known:set) -> str:

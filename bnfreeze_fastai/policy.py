@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ModeSpec', 'Schedule', 'Policy', 'check_policy', 'check_schedule', 'stages', 'Stages', 'layer_groups',
-           'frozen_groups', 'layer_modes']
+__all__ = ['ModeSpec', 'SIDES', 'Schedule', 'Policy', 'check_policy', 'told_policy', 'check_schedule', 'stages', 'Stages',
+           'layer_groups', 'trained_now', 'pretrained_norms', 'frozen_groups', 'layer_modes']
 
 # %% ../nbs/01_policy.ipynb #428dc1e3
 from collections.abc import Mapping, Sequence, Set
@@ -17,23 +17,27 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .core import MODES, check_glob, check_mode, is_frozen_norm, named_modules, norm_layers, norm_params
+from .core import MODES, check_glob, check_mode, is_frozen_norm, named_modules, never_trained, norm_layers, norm_params
 
 # %% ../nbs/01_policy.ipynb #1c194d87
 ModeSpec = str|Mapping[str, str] # a mode, or globs over layer names to modes
 
 # %% ../nbs/01_policy.ipynb #3e37003a
+SIDES = ('bn', 'bn_above') # of the freeze point
+
 class Policy(NamedTuple):
     "The mode of norm layers in frozen groups (`bn`) and in trained ones (`bn_above`): a mode, or a dict of globs to modes"
     bn:ModeSpec = 'frozen'
     bn_above:ModeSpec = 'train'
+    throughout:bool = False # do pretrained layers keep the mode `bn` in trained groups too?
 
     def mode(self,
         name:str, # Dotted name of a norm layer
         frozen:bool, # Whether it lies in a frozen group
+        pretrained:bool=False, # Whether it came with the weights: see `pretrained_norms`
     ) -> str: # One of `MODES`
         "The mode of the layer `name`"
-        side = 'bn' if frozen else 'bn_above'
+        side = 'bn' if frozen or self.throughout and pretrained else 'bn_above'
         rule = getattr(self, side)
         if isinstance(rule, str): return rule
         return next((mode for glob,mode in rule.items() if fnmatchcase(name, glob)), self._field_defaults[side])
@@ -44,15 +48,24 @@ def check_policy(
     model:nn.Module|None=None, # If given, each glob has to match at least one of its norm layers
 ) -> Policy: # A copy of `policy`
     "Raise `ValueError` for an unknown mode, or a glob that matches no norm layer of `model`"
+    if not isinstance(policy.throughout, bool):
+        raise ValueError(f"`throughout` takes True or False, not {policy.throughout!r:.60}: with True, pretrained norm layers keep the "
+                         "mode `bn` once they are unfrozen too.")
     names = None if model is None else list(norm_layers(model))
-    for side,rule in policy._asdict().items():
+    for side,rule in zip(SIDES, policy):
         if not isinstance(rule, (str, Mapping)):
             raise ValueError(f"`{side}` takes a mode or a dict of globs to modes, not {rule!r:.60}. The modes are "
                              f"{', '.join(map(repr, MODES))}.")
         for mode in [rule] if isinstance(rule, str) else rule.values(): check_mode(mode)
         if names is not None and isinstance(rule, Mapping):
             for glob in rule: check_glob(glob, names)
-    return Policy(*(rule if isinstance(rule, str) else dict(rule) for rule in policy))
+    return Policy(*(dict(rule) if isinstance(rule, Mapping) else rule for rule in policy))
+
+def told_policy(
+    policy:Policy,
+) -> dict[str, ModeSpec|bool]: # As for `freeze_to_bn`
+    "What a policy says, without `throughout` where it is off"
+    return {k: v for k,v in policy._asdict().items() if v is not False}
 
 # %% ../nbs/01_policy.ipynb #74cf3882
 Schedule = Mapping[float, Mapping[str, ModeSpec]] # fraction of a fit to what changes there
@@ -69,9 +82,10 @@ def check_schedule(
         if not isinstance(at, Real) or isinstance(at, bool) or not 0 < at < 1:
             raise ValueError(f"{at!r} in `schedule` is no fraction of a fit: give numbers between 0 and 1, as in {_EXAMPLE}. What holds "
                              "from the start are `bn` and `bn_above` themselves.")
-        if not isinstance(change, Mapping) or not change or change.keys() - {*Policy._fields}:
-            raise ValueError(f"`schedule` maps a fraction to a dict with 'bn', 'bn_above' or both, as in {_EXAMPLE}, not to {change!r}.")
-    copied = lambda change: {side: rule for side,rule in check_policy(Policy(**change), model)._asdict().items() if side in change}
+        if not isinstance(change, Mapping) or not change or change.keys() - {*SIDES}:
+            raise ValueError(f"`schedule` maps a fraction to a dict with 'bn', 'bn_above' or both, as in {_EXAMPLE}, not to {change!r}. "
+                             "`throughout` holds for a whole fit; with it, `bn` is the mode of pretrained layers.")
+    copied = lambda change: {side: rule for side,rule in zip(SIDES, check_policy(Policy(**change), model)) if side in change}
     return {float(at): copied(schedule[at]) for at in sorted(schedule)}
 
 _EXAMPLE = "{0.7: dict(bn_above='affine-only')}"
@@ -127,6 +141,23 @@ def _nearest_group(name:str, modules:Mapping[str, nn.Module], group_of:Mapping[n
         if found and name: return found.pop() if len(found) == 1 else previous
     return last if any(p.requires_grad for p in layer.parameters()) else previous
 
+# %% ../nbs/01_policy.ipynb #ec3443cf
+def trained_now(
+    model:nn.Module,
+) -> frozenset[str]: # Dotted names
+    "The norm layers whose statistics, if they have any, have been trained"
+    return frozenset(n for n,l in norm_layers(model).items() if not never_trained(l))
+
+def pretrained_norms(
+    model:nn.Module,
+    groups:Sequence[Sequence[nn.Parameter]], # Parameter groups, as in `opt.param_lists`
+    trained:Set[str]|None=None, # For one group: the layers whose statistics were trained at the start; as they are now if not given
+) -> list[str]: # Dotted names
+    "The norm layers that came with the weights"
+    if len(groups) > 1: return [n for n,i in layer_groups(model, groups).items() if i < len(groups)-1]
+    trained = trained_now(model) if trained is None else trained
+    return [n for n in norm_layers(model) if n in trained]
+
 # %% ../nbs/01_policy.ipynb #fcc3c453
 def frozen_groups(
     model:nn.Module,
@@ -147,8 +178,10 @@ def layer_modes(
     frozen:Sequence[bool], # For each group, whether it is frozen
     policy:Policy,
     by_hand:Set[str]=frozenset(), # Norm layers of trained groups that somebody froze: they count as frozen
+    trained:Set[str]|None=None, # As in `pretrained_norms`
 ) -> dict[str, str]: # Name of each norm layer to its mode
     "What `policy` says for each norm layer; those frozen by construction are `'frozen'` whatever it says"
     norms = norm_layers(model)
-    return {n: 'frozen' if is_frozen_norm(norms[n]) else policy.mode(n, n in by_hand or bool(frozen) and frozen[group])
-            for n,group in layer_groups(model, groups).items()}
+    kept = {*pretrained_norms(model, groups, trained)} if policy.throughout else frozenset()
+    mode = lambda n,group: policy.mode(n, n in by_hand or bool(frozen) and frozen[group], n in kept)
+    return {n: 'frozen' if is_frozen_norm(norms[n]) else mode(n, group) for n,group in layer_groups(model, groups).items()}

@@ -31,9 +31,9 @@ from xxhash import xxh3_128_hexdigest
 import bnfreeze_fastai.learner # patches `freeze_to_bn` and `precompute` in
 from .batches import wrong
 from .callback import BatchNormFreeze, active_callback
-from .core import MODES, never_trained, norm_layers
+from .core import MODES
 from .fixed import fingerprint, named_tensors
-from .policy import ModeSpec, Policy, check_policy, layer_groups
+from .policy import ModeSpec, Policy, check_policy, pretrained_norms
 from .restore import reseed
 from .stats import Snapshot, moved, snapshot
 
@@ -60,13 +60,18 @@ def _check_one(name:str, policy) -> AnyPolicy:
     raise ValueError(f"{policy!r:.60} is no policy: give {FASTAI!r}, one of the modes {list(MODES)}, a dict with keys among "
                      f"{list(Policy._fields)}, or a function of the Learner.")
 
+def _is_one(policies:Mapping) -> bool:
+    "Whether the keys are those of one policy; `throughout` alone may be a name too"
+    keys = set(policies)
+    return bool(keys) and keys <= set(Policy._fields) and (keys != {'throughout'} or isinstance(policies['throughout'], bool))
+
 def check_policies(
     policies:Policies|None, # Modes and `'fastai'`, or a dict of names to policies; these five if not given
 ) -> dict[str, AnyPolicy]: # Name to policy
     "Policies by name; `ValueError` for one that is not known, or if there are none"
     if policies is None: policies = (FASTAI, *MODES)
     if isinstance(policies, str): policies = [policies]
-    if isinstance(policies, Policy) or isinstance(policies, Mapping) and policies and set(policies) <= set(Policy._fields):
+    if isinstance(policies, Policy) or isinstance(policies, Mapping) and _is_one(policies):
         raise ValueError(f"`policies` is one policy, {policies!r}: give it a name, as in `policies={{'mine': {policies!r}}}`.")
     if not isinstance(policies, Iterable):
         raise ValueError(f"`policies` is a list of names, or a dict of names to policies, not {policies!r}.")
@@ -78,17 +83,15 @@ def check_policies(
 def pretrained_layers(
     learn:Learner, # With an optimizer
 ) -> list[str]: # Dotted names
-    "The norm layers that came with the weights: those of every parameter group but the last"
-    groups,layers = learn.opt.param_lists,norm_layers(learn.model)
-    if len(groups) > 1: return [n for n,i in layer_groups(learn.model, groups).items() if i < len(groups)-1]
-    return [n for n,l in layers.items() if not never_trained(l)]
+    "The norm layers that came with the weights, by `pretrained_norms`"
+    return pretrained_norms(learn.model, learn.opt.param_lists)
 
 def throughout(
     mode:str, # One of the four
     names:Iterable[str], # Of norm layers
     others:ModeSpec='train', # For all others once they train: a mode, or a dict of globs to modes
 ) -> Policy:
-    "The policy that keeps the layers `names` in `mode`, frozen or not"
+    "The policy that keeps the layers `names` in `mode`, frozen or not; for pretrained ones `Policy(mode, throughout=True)` does"
     rules = {escape(n): mode for n in names}
     if isinstance(others, str): others = {'*': others}
     return Policy(mode, {**rules, **{glob: m for glob,m in others.items() if glob not in rules}})
@@ -104,8 +107,7 @@ def put_policy(
         learn.freeze_to(n)
         return policy(learn) if callable(policy) else None
     if (cb := active_callback(learn)) is not None: cb.schedule = {}
-    if learn.opt is None: learn.create_opt()
-    if isinstance(policy, str): policy = throughout(policy, pretrained_layers(learn))
+    if isinstance(policy, str): policy = Policy(policy, throughout=True)
     learn.freeze_to_bn(n, **policy._asdict())
 
 # %% ../nbs/06a_runs.ipynb #b7e2ecc1

@@ -96,6 +96,10 @@ def policies(model: nn.Module, groups: list[list[nn.Parameter]]):
     assert_type(policy, Policy)
     assert_type(policy.bn, ModeSpec)
     assert_type(policy.mode('0.1', frozen=True), str)
+    assert_type(policy.mode('0.1', frozen=False, pretrained=policy.throughout), str)
+    assert_type(told_policy(Policy('affine-only', throughout=True)), dict[str, ModeSpec | bool])
+    assert_type(pretrained_norms(model, groups, trained_now(model)), list[str])
+    Policy(throughout='affine-only')  # reportArgumentType
     rules = {'0.*': 'affine-only'}
     rules['*'] = bn_mode(model)
     Policy(bn_above=rules)
@@ -114,7 +118,11 @@ def policies(model: nn.Module, groups: list[list[nn.Parameter]]):
 
 def the_callback(dls: Any, model: nn.Module):
     cb = BatchNormFreeze(
-        'frozen', bn_above={'0.*': 'affine-only'}, verify=False, schedule={0.7: dict(bn='train', bn_above={'*': 'frozen'})}
+        'frozen',
+        bn_above={'0.*': 'affine-only'},
+        verify=False,
+        schedule={0.7: dict(bn='train', bn_above={'*': 'frozen'})},
+        throughout=True,
     )
     learn = vision_learner(dls, small_resnet, cbs=[cb, BatchNormFuse(), BatchNormDrift()])
     assert_type(cb.bn_policy, Policy)
