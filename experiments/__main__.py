@@ -1,91 +1,96 @@
-"""Which mode when? Every policy on a grid of digit tasks, and what `bn_find` suggests: `python -m experiments`, or `make experiments`.
+"""Which mode when? Every policy on real networks and images."""
 
-Finished runs are kept in `experiments/parts/`, and a second start goes on from there. At the end `runs.csv` and `finds.csv` are written."""
-
-import json, time, warnings
+import argparse, json, platform, random, signal, sys, time, traceback, warnings
 from functools import partial
-from itertools import product
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd, torch
-from fastprogress.fastprogress import progress_bar
 from joblib import Parallel, delayed
 
 from bnfreeze_fastai.compare import bn_compare
-from bnfreeze_fastai.digits import ValidateLast, colour, digit_learner, pretrain
-from bnfreeze_fastai.results import write_whole
 
-from .networks import NETWORKS
+from .grid import EPOCHS, FIT, POLICIES, RATES, get_learner
+from .measures import measures
 
-HERE = Path(__file__).parent
-PARTS = HERE / 'parts'
-SHIFTS = {'none': lambda x: x.expand(-1, 3, -1, -1), 'colour': colour}
-FREEZE_TO = {'head': -1, 'all': 0}  # what trains
-LR = {'head': 1e-2, 'all': slice(1e-3, 1e-2)}
-EPOCHS = {32: 16, 128: 8, 512: 3}  # by training images
-BATCH_SIZES = (4, 32)
-N_SEEDS = 3
-N_JOBS = 2
-FIND_SEEDS = (10,)  # of the Learners that search: other heads, images and batches than those of the runs
-COSTS = (0.25, 0.5)
-CELLS = list(product(NETWORKS, SHIFTS, FREEZE_TO, EPOCHS, BATCH_SIZES))
-KEYS = ['network', 'shift', 'trains', 'n_images', 'bs']
+NETWORKS = ('mobilenet_v2', 'efficientnet_lite0')
+DATA = {'bccd_cells': 64, 'fashion_mnist': 64, 'ants_bees_160': 96, 'traffic_signs_32': 64, 'digits': 64,
+        'bccd_cells+faded': 64, 'ants_bees_160+blurred': 96, 'traffic_signs_32+warm': 64}
+PAIRS = [(n, bs) for n in (32, 128, 512) for bs in (4, 16, 32)]
+KEYS = ['network', 'data', 'size', 'n_images', 'bs', 'trains', 'rate']
 
 
-def learner(seed, pretrained, shift, n_images, bs):
-    torch.set_num_threads(1)  # so that the results do not depend on the machine's number of cores
-    learn = digit_learner(pretrained, seed, n_images, bs, SHIFTS[shift])
-    return learn.add_cb(ValidateLast())
+def cells():
+    rng = random.Random(0)
+    res = []
+    for turn in range(3):
+        for network in NETWORKS:
+            for trains in FIT:
+                pairs = rng.sample(PAIRS, len(PAIRS))
+                for data, size in DATA.items():
+                    fits = lambda p: not ('ants' in data and p[0] == 512 or 'signs' in data and p[0] == 32)
+                    pair = next(p for p in pairs if fits(p))
+                    pairs.remove(pair)
+                    rate = 1 if turn == 0 else rng.choice([1, 1, 3, 1 / 3])
+                    res.append(dict(zip(KEYS, (network, data, size, *pair, trains, round(rate, 3)))))
+                    if not any(fits(p) for p in pairs): pairs = rng.sample(PAIRS, len(PAIRS))
+    seen = []
+    for turn in range(3):
+        part = res[turn * len(res) // 3:(turn + 1) * len(res) // 3]
+        rng.shuffle(part)
+        seen += [c for c in part if c not in seen]
+    return seen
 
 
-def compare(cell, get_learner):
-    _, _, trains, n_images, _ = cell
-    how = dict(epochs=EPOCHS[n_images], seeds=N_SEEDS, fit='fit_one_cycle', freeze_to=FREEZE_TO[trains], lr=LR[trains])
-    part = PARTS / f'{"-".join(map(str, cell))}.csv'
-    return bn_compare(get_learner, **how, n_jobs=N_JOBS, results=part, settings=dict(zip(KEYS, cell))).final
+def name_of(cell): return '-'.join(str(v) for v in cell.values()).replace('+', '_')
 
 
-def find(cell, get_learner, seed, cost):
-    "What `bn_find` says to a Learner with the data and the head of `seed`"
-    import bnfreeze_fastai.find  # patches `bn_find` in, in each of joblib's processes
-
+def run_cell(cell, images, out, device, seeds, deadline):
     warnings.filterwarnings('ignore')
-    _, _, trains, n_images, _ = cell
-    learn = get_learner(seed=seed)
-    learn.freeze_to(FREEZE_TO[trains])
-    start = time.perf_counter()
+    left = deadline - time.time()
+    if left < 8: return 0
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(int(left))
+    start = time.time()
+    path = cell['data'] if cell['data'].startswith('digits') else str(Path(images) / cell['data'].replace('+', '.zip+') if '+' in cell['data'] else Path(images) / f"{cell['data']}.zip")
+    how = dict(cell, data=path); rate = how.pop('rate')
+    get = partial(get_learner, device=device, **how)
+    fit, freeze_to = FIT[cell['trains']]
     try:
-        with learn.no_bar():
-            found = learn.bn_find(EPOCHS[n_images], cost, lr=LR[trains], plot=False)
-    except ValueError:  # too few batches to divide
-        return dict(asked=cost, seed=seed, suggestion=None, confident=False, cost=0.0, seconds=0.0)
-    told = {k: getattr(found, k) for k in ('suggestion', 'confident', 'cost')}
-    return dict(asked=cost, seed=seed, **told, seconds=time.perf_counter() - start)
-
-
-def finds(cell, get_learner):
-    part = PARTS / f'{"-".join(map(str, cell))}-find.json'
-    if not part.exists():
-        rows = Parallel(n_jobs=N_JOBS)(delayed(find)(cell, get_learner, *job) for job in product(FIND_SEEDS, COSTS))
-        write_whole(part, json.dumps(rows))
-    return pd.DataFrame(json.loads(part.read_text(encoding='utf-8')))
+        part = Path(out) / f'{name_of(cell)}.csv'
+        with open(part.with_suffix('.log'), 'w') as log:
+            sys.stdout = log
+            for seed in range(seeds):
+                m = part.with_name(f'{name_of(cell)}-{seed}.measures')
+                if not m.exists():
+                    learn = get(seed)
+                    learn.model.to(device)
+                    t = time.time()
+                    x, y = learn.all_train; vx, vy = learn.all_valid
+                    found = measures(learn, x.to(device), y, vx.to(device), vy, cell['bs'])
+                    m.write_text(json.dumps(dict(cell, seed=seed, **found, seconds=time.time()-t)))
+            compared = bn_compare(get, POLICIES[cell['trains']], EPOCHS[cell['n_images']], seeds, fit, freeze_to, RATES[cell['trains']] * rate, results=part,
+                                  settings=cell)
+    except KeyboardInterrupt: pass
+    except BaseException: (Path(out) / f'{name_of(cell)}.err').write_text(traceback.format_exc())
+    finally:
+        signal.alarm(0)
+        sys.stdout = sys.__stdout__
+    return time.time() - start
 
 
 def main():
-    PARTS.mkdir(exist_ok=True)
-    torch.set_num_threads(1)
-    pretrained = {name: pretrain(build=build) for name, build in NETWORKS.items()}
-    print('Accuracy on the source task:', {name: round(accuracy, 3) for name, (_, accuracy) in pretrained.items()})
-    tables = dict(runs=[], finds=[])
-    for cell in progress_bar(CELLS):
-        network, shift, _, n_images, bs = cell
-        get_learner = partial(learner, pretrained=pretrained[network][0], shift=shift, n_images=n_images, bs=bs)
-        for name, f in dict(runs=compare, finds=finds).items():
-            tables[name].append(f(cell, get_learner).assign(**dict(zip(KEYS, cell))))
-    for name, parts in tables.items():
-        df = pd.concat(parts, ignore_index=True)
-        df = df[[*KEYS, *(c for c in df.columns if c not in (*KEYS, 'weights', 'epoch'))]]
-        write_whole(HERE / f'{name}.csv', df.to_csv(index=False, float_format='%.6g'))
+    p = argparse.ArgumentParser()
+    p.add_argument('--images', default='../shared/real'); p.add_argument('--out', default='experiments/parts'); p.add_argument('--device', default='cpu')
+    p.add_argument('--jobs', type=int, default=1); p.add_argument('--seconds', type=float, default=1e9); p.add_argument('--seeds', type=int, default=2)
+    p.add_argument('--first', type=int, default=0); p.add_argument('--last', type=int, default=10_000); p.add_argument('--where', default=None)
+    a = p.parse_args()
+    deadline = time.time() + a.seconds
+    Path(a.out).mkdir(parents=True, exist_ok=True)
+    todo = cells()[a.first:a.last]
+    if a.where: todo = [c for c in todo if eval(a.where, {}, c)]
+    took = Parallel(n_jobs=a.jobs)(delayed(run_cell)(c, a.images, a.out, a.device, a.seeds, deadline) for c in todo)
+    print(len(todo), 'cells', sum(took), 'seconds of processes')
 
 
 if __name__ == '__main__':

