@@ -8,16 +8,15 @@ from fastprogress.fastprogress import progress_bar
 from torch.optim.swa_utils import update_bn
 from torchvision import models
 
-from bench.measure import BATCH, N_BATCHES, SIZE, added_memory, compare_memory, ratio_to, seconds
-from bnfreeze_fastai.core import bn_layers
+from bench.measure import BATCH, N_BATCHES, SIZE, added_memory, compare_memory, ratio_to
 from bnfreeze_fastai.stats import recalibrate_bn
 
 ROUNDS = 7
 
 
-def model_and_batches(arch, n_batches=N_BATCHES // 2):
+def model_and_batches(arch):
     torch.manual_seed(0)
-    return getattr(models, arch)(), [torch.randn(BATCH, 3, SIZE, SIZE) for _ in range(n_batches)]
+    return getattr(models, arch)(), [torch.randn(BATCH, 3, SIZE, SIZE) for _ in range(N_BATCHES)]
 
 
 @torch.no_grad()
@@ -32,7 +31,12 @@ def torch_update_bn(model, batches):
 
 
 recalibrate = partial(recalibrate_bn, progress=False)
-VARIANTS = {'recalibrate_bn': recalibrate, 'update_bn': torch_update_bn, 'training-mode pass': partial(forward_pass, training=True)}
+VARIANTS = {
+    'recalibrate_bn': recalibrate,
+    'sequential': partial(recalibrate, method='sequential'),
+    'update_bn': torch_update_bn,
+    'training-mode pass': partial(forward_pass, training=True),
+}
 
 
 def time_passes(arch):
@@ -46,24 +50,12 @@ def time_passes(arch):
     return {f'{name} ÷ forward pass': rounds[name].median() for name in VARIANTS}
 
 
-def time_sequential(arch):
-    "`method='sequential'` on two batches, in forward passes"
-    model, batches = model_and_batches(arch, 2)
-    forward_pass(model, batches)
-    sequential = seconds(partial(recalibrate, method='sequential'), model, batches)
-    return {
-        'layers': len(bn_layers(model)),
-        'sequential ÷ forward pass': sequential / min(seconds(forward_pass, model, batches) for _ in range(3)),
-    }
-
-
 TABLES = {
     'Re-estimating statistics, time': time_passes,
-    'Re-estimating statistics layer by layer, time': time_sequential,
     'Re-estimating statistics, peak memory added': partial(
         compare_memory,
         'bench.recalibration',
-        names=['forward_pass', 'recalibrate_bn', 'update_bn'],
+        names=['forward_pass', 'recalibrate_bn', 'sequential', 'update_bn'],
         own='recalibrate_bn',
         other='forward_pass',
     ),

@@ -29,7 +29,8 @@ from torch.overrides import _get_current_function_mode_stack
 from .batches import check_device, memory_for, model_inputs, tensors_in, with_progress
 from .core import named_modules
 from .moments import Moments, pool
-from .observe import OneByOne, Observer, check_passes, finite, observe, refuse_iterator, undisturbed, warn_of_fewer
+from .observe import (OneByOne, Observer, check_passes, finite, moments_of, observe, refuse_iterator, undisturbed,
+                                     warn_of_fewer)
 from .ranks import on_all_ranks, this_rank
 from .restore import kept_rng
 
@@ -86,7 +87,7 @@ class _Walk(Observer):
         super().__init__(team.names)
         self.root,self.inputs,self.team,self.by_main = root,inputs,team,by_main
         self.empty,self.elsewhere = team.empty,team.elsewhere
-        self.calls,self.place,self.trace = Counter(),-1,{}
+        self.calls,self.place,self.few = Counter(),-1,[]
         self.at,self.began,self.over,self.told = None,False,False,False
         self.to_main,self.from_main = SimpleQueue(),SimpleQueue()
         self.state,self.device = _thread_state(),torch.cuda.current_device() if torch.cuda.is_initialized() else None
@@ -180,12 +181,19 @@ class _Seen(NamedTuple):
     n:int # Batches, as far as is known
     budget:float # Bytes
 
+def _few(inputs:tuple) -> tuple[tuple, float]: # The samples, and how many times as many there are
+    "The first two samples of a batch of plain images or features"
+    n = {len(x) if isinstance(x, Tensor) and x.dim() > 1 else 0 for x in inputs}
+    if len(n) > 1 or (n := n.pop()) <= 2: return inputs,1
+    return tuple(x[:2].clone() for x in inputs),n/2
+
 def _look(root:nn.Module, inputs:tuple, team:OneByOne, n:int, max_mem:float|None) -> _Seen:
-    "Run the first batch alone"
+    "Run two samples of the first batch alone, or all of it where it is not clear what a sample is"
+    few,factor = _few(inputs)
     own = [*root.parameters(), *root.buffers()]
-    look = _Look(team, inputs, own)
-    with kept_rng(): look.forward(root, inputs)
-    return _Seen(tuple(look.calls), look.most_calls, look.bytes, n, memory_for(max_mem, own[0].device))
+    look = _Look(team, few, own)
+    with kept_rng(): look.forward(root, few)
+    return _Seen(tuple(look.calls), look.most_calls, {k: b*factor for k,b in look.bytes.items()}, n, memory_for(max_mem, own[0].device))
 
 def _n_known(batches:Iterable, n_batches:int|None) -> int: # 1 if it is not known
     "How many batches there will be"
@@ -214,7 +222,8 @@ def _reach(walk:_Walk, number:int):
     "Send a batch on to its next layer, unless it waits at one that is not known yet"
     if isinstance(walk.at, _End) or isinstance(walk.at, _At) and walk.at.name not in walk.team.known: return
     walk.go_on()
-    if isinstance(walk.at, _Astray): raise _Off(f"batch {number} reaches the layer {walk.at.name!r} otherwise than the first batch does")
+    if isinstance(walk.at, _Astray):
+        raise _Off(f"batch {number} reaches the layer {walk.at.name!r} otherwise than the first samples do")
     error = walk.at.error if isinstance(walk.at, _End) else None
     if isinstance(error, Exception): raise _Off(f"batch {number} raised {type(error).__name__}: {error}") from error
     if error is not None: raise error
@@ -225,11 +234,18 @@ def _in_a_pass_of_its_own(walk:_Walk, name:str) -> list[Moments]:
     alone.known,alone.order,alone.most_calls = walk.team.known,[name],walk.team.most_calls
     return [m for _,m in alone.forward(walk.root, walk.inputs)]
 
+def _of_few(walk:_Walk) -> Moments:
+    "What the first two samples of a batch give the layer that it waits at"
+    x = walk.at.call['input'].as_subclass(Tensor)
+    rows = 2*max(1, len(x)//max(1, len(walk.inputs[0]))) if isinstance(walk.inputs[0], Tensor) else len(x)
+    return moments_of(walk.at.func, x[:rows])
+
 def _given(walk:_Walk, number:int, name:str|None) -> list[Moments]:
     "What one batch gives the layer `name`; up to the end if there is none"
     _reach(walk, number)
     if not isinstance(walk.at, _At) or walk.at.name != name: return []
     several = walk.team.most_calls[name] > 1
+    if number == 1 and not several: walk.few.append((name, _of_few(walk)))
     found = _in_a_pass_of_its_own(walk, name) if several else [walk.measure(walk.at.func, walk.at.call, name)]
     return [finite(m, name, number) for m in found]
 
@@ -278,14 +294,21 @@ def _same(a:Moments, b:Moments) -> bool:
     close = 1e-3*(a.m2/a.n).sqrt() + 1e-5*a.mean.abs()
     return a.n == b.n and bool(((a.mean-b.mean).abs() <= close).all() and ((a.m2-b.m2).abs() <= 1e-2*a.m2).all())
 
+def _other(walk:_Walk, inputs:tuple, seen:list[tuple[str, Moments]]) -> list[str]:
+    "Names of the layers that do not get from `inputs` alone what they got in step"
+    again = _Again(walk.names)
+    again.known = walk.team.known
+    with kept_rng(): alone = dict(again.forward(walk.root, inputs))
+    return [name for name,m in seen if name not in alone or not _same(m, alone[name])]
+
 def _check_alone(walks:list[_Walk]):
     "Raise `_Off` unless the first batch gives the layers by itself what it gave them among the others"
     if len(walks) < 2: return
-    again,walk = _Again(walks[0].names),walks[0]
-    again.known = walk.team.known
-    with kept_rng(): alone = dict(again.forward(walk.root, walk.inputs))
-    other = [name for name,m in walk.seen if name not in alone or not _same(m, alone[name])]
-    if other: raise _Off(f"the model keeps something between its layers that batches in step overwrite, as the layer {other[0]!r} shows")
+    walk = walks[0]
+    few,factor = _few(walk.inputs)
+    if factor > 1 and not _other(walk, few, walk.few): return
+    if other := _other(walk, walk.inputs, walk.seen):
+        raise _Off(f"the model keeps something between its layers that batches in step overwrite, as the layer {other[0]!r} shows")
 
 # %% ../nbs/01d_in_step.ipynb #4c161c36
 def _bar_of(names:list[str], show:bool) -> Callable[[int], None]:

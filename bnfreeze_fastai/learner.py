@@ -41,7 +41,7 @@ from .loaders import as_in_fit
 from .point import thawed_by_hand, unknown_to_optimizer
 from .policy import ModeSpec, Policy, check_policy, layer_groups, told_policy
 from .precompute import precomputed
-from .stats import Snapshot, layers_with_stats, recalibrate_bn as recalibrate
+from .stats import Drift, Snapshot, layers_with_stats, recalibrate_bn as recalibrate
 
 # %% ../nbs/06_learner.ipynb #7800e28c
 def _check_freeze_point(learn:Learner, n:int) -> int:
@@ -198,13 +198,14 @@ def recalibrate_bn(self:Learner,
     stats:str='all', # `'mean'` re-estimates the mean alone: the variance stays
     prior:float|None=None, # Let the old statistics count as so many more batches of mean size
     max_mem:float|None=None, # Bytes that `'sequential'` may keep for its batches, half of what is free if not given
-) -> pd.DataFrame: # The drift: `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
-    "Set running statistics to those of the data, exactly; only `preserve` changes weights. Bad input raises `ValueError` first"
+) -> Drift: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
+    "Set running statistics to those of the data, exactly, in a `with` for its block; only `preserve` changes weights"
     how = dict(layers=layers, method=method, preserve=preserve, n_batches=n_batches, stats=stats, prior=prior, max_mem=max_mem)
     drift = recalibrate(self.model, **how, **_batches(self, ds_idx, dl))
     rescaled = layers_with_stats(self.model, layers).values() if preserve else ()
-    if self.opt is not None: level_slow_weights(self.opt, {p for l in rescaled for p in affine_params(l)})
-    return drift
+    level = lambda: self.opt is not None and level_slow_weights(self.opt, {p for l in rescaled for p in affine_params(l)})
+    level()
+    return drift.undone_by(level)
 
 # %% ../nbs/06_learner.ipynb #92a35f5c
 @patch

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Settle', 'of_the_data', 'Observer', 'ByBatch', 'OneByOne', 'finite', 'check_passes', 'refuse_iterator',
+__all__ = ['Settle', 'moments_of', 'of_the_data', 'Observer', 'ByBatch', 'OneByOne', 'finite', 'check_passes', 'refuse_iterator',
            'warn_of_fewer', 'undisturbed', 'observe']
 
 # %% ../nbs/01c_observe.ipynb #1bdcb43e
@@ -33,6 +33,13 @@ from .restore import evaluating, kept_rng
 # %% ../nbs/01c_observe.ipynb #3dece1e4
 _MOMENTS = {F.batch_norm: batch_moments, F.instance_norm: instance_moments}
 _SIGNATURES = {f: signature(f) for f in _MOMENTS}
+
+def moments_of(
+    func:Callable, # `F.batch_norm` or `F.instance_norm`
+    x:Tensor, # What it is about to normalise
+) -> Moments:
+    "The moments that count for this kind of layer"
+    return _MOMENTS[func](x.as_subclass(Tensor))
 
 # %% ../nbs/01c_observe.ipynb #8676cd86
 Settle = Callable[[str, Moments, int], Mapping[str, Tensor]] # name, moments, number of batches: new statistics by name
@@ -77,7 +84,7 @@ class Observer(TorchFunctionMode):
         name:str, # Of the layer
     ) -> Moments:
         "Note what the layer is about to normalise"
-        self.seen.append((name, _MOMENTS[func](call['input'].as_subclass(Tensor))))
+        self.seen.append((name, moments_of(func, call['input'])))
         return self.seen[-1][1]
 
     def normalise(self, func:Callable, call:dict, name:str) -> Tensor: # What the layer gets for its call

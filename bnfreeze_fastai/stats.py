@@ -10,7 +10,8 @@ Here this can be seen, and put right: snapshots and drift tell how far statistic
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Snapshot', 'snapshot', 'symmetric_kl', 'bn_drift', 'moved', 'layers_with_stats', 'bn_shift', 'recalibrate_bn']
+__all__ = ['Snapshot', 'snapshot', 'symmetric_kl', 'bn_drift', 'moved', 'layers_with_stats', 'bn_shift', 'Drift',
+           'recalibrate_bn']
 
 # %% ../nbs/02_stats.ipynb #e58cf9c5
 import warnings
@@ -266,6 +267,42 @@ def _written(values:Mapping[str, tuple[Tensor, Tensor]]):
         put(old)
         raise
 
+# %% ../nbs/02_stats.ipynb #dd1bb71b
+def _kept(chosen:Mapping[str, nn.Module], values:Mapping[str, Mapping[str, Tensor]]) -> list[tuple[nn.Module, str, Tensor]]:
+    "Each layer that will be written, names of its tensors, and their values as they are"
+    return [(chosen[n], k, getattr(chosen[n], k).detach().clone()) for n in values for k in values[n]]
+
+@torch.no_grad()
+def _put_back(kept:Iterable[tuple[nn.Module, str, Tensor]]):
+    for layer,k,old in kept: getattr(layer, k).copy_(old)
+
+class Drift(pd.DataFrame):
+    "How far `recalibrate_bn` moved the statistics; as a context manager, puts the old ones back on leaving"
+    _internal_names = [*pd.DataFrame._internal_names, '_undo']
+    _internal_names_set = set(_internal_names)
+    _undo:tuple[Callable[[], Any], ...] = ()
+
+    @property
+    def _constructor(self) -> type[pd.DataFrame]: return pd.DataFrame # of what pandas makes of it
+
+    def undone_by(self,
+        undo:Callable[[], Any], # Without arguments
+    ) -> Drift: # The same
+        "On leaving, `undo` is called as well"
+        self._undo = (*self._undo, undo)
+        return self
+
+    def equals(self, other:Any) -> bool: return pd.DataFrame(self).equals(other)
+
+    def __enter__(self) -> Drift: return self
+
+    def __exit__(self, *error:object) -> None:
+        try:
+            for undo in self._undo: undo()
+        except KeyboardInterrupt: # once more, from the start
+            self.__exit__()
+            raise
+
 # %% ../nbs/02_stats.ipynb #e4328643
 def recalibrate_bn(
     model:nn.Module, # Any model
@@ -279,8 +316,8 @@ def recalibrate_bn(
     stats:str='all', # `'mean'` re-estimates the mean alone: the variance stays
     prior:float|None=None, # Let the old statistics count as so many more batches of mean size
     max_mem:float|None=None, # Bytes that `'sequential'` may keep for its batches, half of what is free if not given
-) -> pd.DataFrame: # The drift: `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
-    "Set running statistics to those of `batches`; bad input raises `ValueError`, and on any exception nothing has changed"
+) -> Drift: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
+    "Set running statistics to those of `batches`, in a `with` for its block; on any exception, as for bad input, nothing has changed"
     _check_mixture(stats, prior)
     memory_for(max_mem) # refuses what is no number
     chosen,settle = layers_with_stats(model, layers),_Settle(before := _stored(model), stats, prior)
@@ -288,6 +325,7 @@ def recalibrate_bn(
     _check_writable(model, chosen, preserve)
     found,count,why = _measure(model, batches, chosen, observer, n_batches, n_inp, progress, max_mem)
     values = {n: _new_values(chosen[n], settle(n, m, count), count, before[n] if preserve else None) for n,m in found.items()}
+    kept = _kept(chosen, values)
     with _written({f'{n}.{k}': (getattr(chosen[n], k), v) for n in values for k,v in values[n].items()}):
         for reason in why: warnings.warn(f"{reason} They keep their statistics.", stacklevel=2)
-        return bn_drift(model, before)
+        return Drift(bn_drift(model, before)).undone_by(partial(_put_back, kept))

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import densenet121, mobilenet_v2, resnet18
 
-from bnfreeze_fastai.core import bn_layers, hold_bn_mode, named_modules
+from bnfreeze_fastai.core import bn_layers, bn_mode, named_modules, set_bn_mode
 from bnfreeze_fastai.in_step import observe_in_step
 from bnfreeze_fastai.observe import OneByOne, observe
 from bnfreeze_fastai.stats import recalibrate_bn
@@ -114,19 +114,19 @@ class Branches(nn.Module):
 @pytest.mark.parametrize(
     'choose,told',
     [
-        (lambda n: [0, 1, 2] if n > 2 else [0, 2, 1], 'batch 3 reaches the layer'),
-        (lambda n: [0, 1, 2] if n > 2 else [0, 0, 1, 2], 'batch 3 reaches the layer'),
-        (lambda n: [0, 1] if n > 2 else [0, 1, 2], 'batch 3 reaches the layer'),
-        (lambda n: [0, 1, 2] if n > 2 else [0, 2], None),
-        (lambda n: [0, 1, 2] if n > 2 else [], None),
+        (lambda n: [0, 1, 2] if n != 3 else [0, 2, 1], 'batch 3 reaches the layer'),
+        (lambda n: [0, 1, 2] if n != 3 else [0, 0, 1, 2], 'batch 3 reaches the layer'),
+        (lambda n: [0, 1] if n != 3 else [0, 1, 2], 'batch 3 reaches the layer'),
+        (lambda n: [0, 1, 2] if n != 3 else [0, 2], None),
+        (lambda n: [0, 1, 2] if n != 3 else [], None),
     ],
 )
 def test_batches_that_go_other_ways(choose, told):
     torch.manual_seed(0)
-    check(Branches(choose), images(), told)
+    check(Branches(choose), images((6, 6, 3)), told)
     if told:
         with pytest.raises(ValueError, match=f'{told}.*DataLoader'):
-            recalibrate_bn(Branches(choose), iter(images()), method='sequential', progress=False)
+            recalibrate_bn(Branches(choose), iter(images((6, 6, 3))), method='sequential', progress=False)
 
 
 class KeepsOnItself(nn.Module):
@@ -197,10 +197,10 @@ def test_modes_of_the_caller_hold_inside():
 
 def test_held_layers():
     model = net()
-    with hold_bn_mode(model, 'frozen'):
-        model.train()
-        recalibrate_bn(model, images(), method='sequential', progress=False)
-    assert all(l.training for l in bn_layers(model))
+    set_bn_mode(model, 'frozen')
+    recalibrate_bn(model.train(), images(), method='sequential', progress=False)
+    recalibrate_bn(plain := net(), images(), method='sequential', progress=False)
+    assert {bn_mode(l) for l in bn_layers(model)} == {'frozen'} and same(list(plain.buffers()), list(model.buffers()))
 
 
 @pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])

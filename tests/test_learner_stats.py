@@ -61,6 +61,16 @@ def test_mean_only_and_prior():
     assert torch.equal(first.running_var, var)
 
 
+def test_in_a_with_for_its_block_only():
+    learn = trained(opt_func=OPTIMIZERS['ranger'])
+    before = whole(learn)
+    with learn.recalibrate_bn(preserve=True, method='sequential') as drift:
+        assert (drift.kl > 0).all() and not as_before(before, learn)
+    assert as_before(before, learn)
+    slow = {p: s for group, slows in zip(learn.opt.param_lists, learn.opt.slow_weights) for p, s in zip(group, slows)}
+    assert all(torch.equal(slow[p], p) for l in bn_layers(learn.model) for p in affine_params(l))
+
+
 def test_what_is_left_alone():
     learn = trained()
     before = whole(learn)

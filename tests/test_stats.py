@@ -1,9 +1,9 @@
 "Drift, shift and re-estimation, against closed forms and float64 on the pooled data"
 
-import random, warnings, weakref
+import pickle, random, warnings, weakref
 from copy import deepcopy
 
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from conftest import bits, same
 from fastai.layers import BatchNorm1dFlat
 from fastai.torch_core import TensorImage, TensorMask
@@ -249,6 +249,27 @@ def test_a_mean_needs_a_single_value_and_a_prior_of_nothing_heals(method):
     model.running_mean.fill_(float('nan'))
     recal(model, [torch.tensor([[5.0, 7.0], [7.0, 9.0]])], prior=0, method=method)
     assert model.running_mean.tolist() == [6, 8]
+
+
+@pytest.mark.parametrize('error', [None, OSError, KeyboardInterrupt])
+@pytest.mark.parametrize('preserve', [False, True])
+def test_in_a_with_for_its_block_only(preserve, error):
+    model, plain = conv_net(), conv_net()
+    before = state(model)
+    want = recal(plain, images(), preserve=preserve)
+    try:
+        with recal(model, images(), preserve=preserve) as drift:
+            assert same(bits(plain.state_dict().values()), model.state_dict().values())
+            model.double()  # puts other tensors in the place of the buffers
+            if error:
+                raise error
+    except (OSError, KeyboardInterrupt):
+        assert error
+    assert unchanged(before, model.float()) and drift.equals(want) and type(drift.head(1)) is type(drift[drift.kl > 0]) is pd.DataFrame
+    pd.testing.assert_frame_equal(pickle.loads(pickle.dumps(drift)), drift)
+    with recal(model, images()), recal(model, images()[:1]):
+        pass
+    assert unchanged(before, model)
 
 
 def test_only_what_is_chosen_changes():

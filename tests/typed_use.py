@@ -78,10 +78,13 @@ def statistics(model: nn.Module, batches: list[tuple[Tensor, Tensor]], loader: t
     assert_type(bn_drift(model, start), pd.DataFrame)
     assert_type(moved(model, since=start), pd.DataFrame)
     assert_type(bn_shift(model, batches, n_batches=2, n_inp=1, progress=False), pd.DataFrame)
-    assert_type(recalibrate_bn(model, batches), pd.DataFrame)
-    assert_type(recalibrate_bn(model, loader, '0.*', 'sequential', preserve=True, n_batches=None), pd.DataFrame)
-    assert_type(recalibrate_bn(model, batches, stats='mean', prior=2), pd.DataFrame)
-    assert_type(recalibrate_bn(model, (x for _ in range(3))), pd.DataFrame)
+    assert_type(recalibrate_bn(model, batches), Drift)
+    with recalibrate_bn(model, batches, max_mem=1e9) as drift:
+        assert_type(drift, Drift)
+        drift.undone_by(model.train)
+    assert_type(recalibrate_bn(model, loader, '0.*', 'sequential', preserve=True, n_batches=None), Drift)
+    assert_type(recalibrate_bn(model, batches, stats='mean', prior=2), Drift)
+    assert_type(recalibrate_bn(model, (x for _ in range(3))), Drift)
     assert_type(symmetric_kl(x, x, x, x), Tensor)
     bn_drift(model)  # reportCallIssue
     bn_drift(model, bn_drift(model, start))  # reportArgumentType
@@ -224,7 +227,7 @@ def signatures_of_the_methods(learn: Learner, batches: list[tuple[Tensor, Tensor
     "What a checker that follows `@patch` would see; in this package they are functions of a Learner"
     assert_type(methods.freeze_to_bn(learn, -1, 'frozen', {'*': 'train'}), Learner)
     assert_type(methods.bn_summary(learn), BatchNormSummary)
-    assert_type(methods.recalibrate_bn(learn, 0, None, 3, '*', 'batch', True), pd.DataFrame)
+    assert_type(methods.recalibrate_bn(learn, 0, None, 3, '*', 'batch', True), Drift)
     assert_type(methods.bn_shift(learn, 1, dl=batches, n_batches=3), pd.DataFrame)
     start = methods.bn_snapshot(learn)
     assert_type(start, dict[str, dict[str, Tensor]])
