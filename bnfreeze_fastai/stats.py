@@ -10,12 +10,13 @@ Here this can be seen, and put right: snapshots and drift tell how far statistic
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Snapshot', 'snapshot', 'symmetric_kl', 'bn_drift', 'moved', 'layers_with_stats', 'bn_shift', 'recalibrate_bn']
+__all__ = ['Snapshot', 'snapshot', 'symmetric_kl', 'bn_drift', 'moved', 'layers_with_stats', 'bn_shift', 'recalibrate_bn',
+           'convert_bn']
 
 # %% ../nbs/02_stats.ipynb #e58cf9c5
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -126,6 +127,10 @@ def layers_with_stats(
     if not chosen: raise ValueError(f"No norm layer that {layers!r} picks keeps running statistics, so there is nothing to measure. "
                                     "Only batch norm and instance norm with `track_running_stats=True` do; "
                                     f"the model's norm layers: {known}.")
+    return _measurable(chosen)
+
+def _measurable(chosen:dict[str, nn.Module]) -> dict[str, nn.Module]: # As given
+    "Raise `ValueError` for layers with statistics that cannot be read"
     odd = [n for n,l in chosen.items() if not {'running_mean', 'running_var'} <= stats_buffers(l).keys()]
     if odd: raise ValueError(f"{odd} do not keep their running statistics in plain buffers: leave them out by the glob `layers`.")
     lazy = [n for n,l in chosen.items() if is_lazy(l.running_mean)]
@@ -256,10 +261,36 @@ def recalibrate_bn(
 ) -> pd.DataFrame: # The drift: `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
     "Set running statistics to those of `batches`; bad input raises `ValueError`, and on any exception nothing has changed"
     observer,chosen = _observer(method, preserve),layers_with_stats(model, layers)
+    return _recalibrate(model, batches, chosen, observer, preserve, n_batches, n_inp, progress)
+
+def _recalibrate(model:nn.Module, batches:Iterable, chosen:Mapping[str, nn.Module], observer:type[Observer], preserve:bool,
+                 n_batches:int|None, n_inp:int|None, progress:bool) -> pd.DataFrame: # The drift
     _check_writable(model, chosen, preserve)
     before = _stored(model)
     found,count,why = _measure(model, batches, chosen, observer, n_batches, n_inp, progress)
     values = {n: _new_values(chosen[n], m, count, before[n] if preserve else None) for n,m in found.items()}
     with _written({f'{n}.{k}': (getattr(chosen[n], k), v) for n in values for k,v in values[n].items()}):
-        for reason in why: warnings.warn(f"{reason} They keep their statistics.", stacklevel=2)
+        for reason in why: warnings.warn(f"{reason} They keep their statistics.", stacklevel=3)
         return bn_drift(model, before)
+
+# %% ../nbs/02_stats.ipynb #37174466
+def convert_bn(
+    model:nn.Module, # Any model
+    batches:Iterable[Any], # Tensors, or tuples with the model's inputs first
+    layers:str|Collection[str]='*', # Glob over the dotted names of norm layers, or the names; the others stay as they are
+    n_batches:int|None=None, # Use so many; all if not given
+    n_inp:int|None=None, # How many elements of a tuple the model takes; all but the last if not given
+    progress:bool=True, # Show a progress bar?
+) -> pd.DataFrame: # The drift: `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
+    "Let the mode `'train'` start from what the network computes in evaluation; errors as for `recalibrate_bn`"
+    chosen = layers_with_stats(model, layers) if isinstance(layers, str) else _by_name(model, layers)
+    return _recalibrate(model, batches, chosen, _observer('sequential', True), True, n_batches, n_inp, progress)
+
+def _by_name(model:nn.Module, names:Collection[str]) -> dict[str, nn.Module]: # Those of them with running statistics
+    norms = norm_layers(model)
+    if unknown := sorted(set(names) - norms.keys()):
+        raise ValueError(f"{unknown} are no norm layers of the model; its norm layers: {', '.join(norms) or 'none'}.")
+    chosen = {n: l for n,l in norms.items() if n in names and keeps_stats(l)}
+    if not chosen: raise ValueError(f"There is nothing to convert: of the layers {sorted(names)} none keeps running statistics. "
+                                    "Choose those that do by the glob `layers`.")
+    return _measurable(chosen)
