@@ -289,12 +289,14 @@ def _fixed(self:BatchNormFreeze, modes:dict[str, str]) -> tuple[list[nn.Paramete
 def set_policy(self:BatchNormFreeze,
     policy:Policy,
     trained:frozenset[str]|None=None, # Norm layers that came with trained statistics; those that have them now if not given
+    refrozen:bool=True, # Does a call of `freeze_to` follow, which decides anew what is frozen?
 ) -> None:
     "Follow `policy` from now on, and count movement from here"
     self.bn_policy,self.bn_start = check_policy(policy, self.model),snapshot(self.model)
     self._trained = trained_now(self.model) if trained is None else trained
-    self._found = {}
-    self._point.forget()
+    if refrozen:
+        self._found = {}
+        self._point.forget()
     for fit in self._fits: fit.stages,fit.anew = self._stages(),True
 
 # %% ../nbs/03_callback.ipynb #1a7b66f4

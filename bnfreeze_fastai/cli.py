@@ -99,7 +99,7 @@ def compare(
     data:str, # Folder with `train` and `valid`, each with a folder of images for each class; or with the classes, and --valid-pct
     arch:str='resnet34', # Architecture of torchvision or timm, or file.py:function for a function of the number of classes
     weights:str='pretrained', # File with a state_dict, or `pretrained`, or `none`
-    modes:str='fastai,train,stats-only,affine-only,frozen', # Modes of the pretrained layers, commas between; `fastai`: plain freezing
+    modes:str='fastai,train,stats-only,affine-only,frozen', # Modes of pretrained layers, commas between; also `converted`; `fastai`: plain
     fit:str='fine_tune', # How to train: fine_tune, fit_one_cycle, fit_flat_cos or fit
     epochs:int=5, # Epochs of each run
     lr:float=None, # Learning rate; the default of --fit if not given: 0.002 for fine_tune, 0.001 for the others

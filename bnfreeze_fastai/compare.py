@@ -164,7 +164,7 @@ def _score(df:pd.DataFrame) -> str:
 
 def bn_compare(
     get_learner:Callable[..., Learner], # Makes a new Learner; it is given `seed` if it has a parameter of that name
-    policies:Policies|None=None, # Modes and `'fastai'`, or a dict of names to policies (see *runs*); these five if not given
+    policies:Policies|None=None, # Names or a dict of policies, see *runs*; `'fastai'` and the four modes if not given
     epochs:int=5, # Of each run
     seeds:int|Iterable[int]=3, # How many, or which
     fit:Fit='fine_tune', # `'fine_tune'`, `'fit_one_cycle'`, `'fit_flat_cos'`, `'fit'`, or a function of Learner and epochs

@@ -37,8 +37,8 @@ from .loaders import batch_size, check_loader, in_order, n_samples
 from .plots import plot_bn_drift, plot_trials
 from .policy import Policy, frozen_groups, layer_groups
 from .restore import kept_rng, reseed
-from .runs import (AnyPolicy, Policies, as_seeds, check_epochs, check_lr, check_policies, n_batches, pretrained_layers,
-                                  put_policy, throughout)
+from .runs import (CONVERTED, AnyPolicy, Policies, as_seeds, check_epochs, check_lr, check_policies, n_batches,
+                                  pretrained_layers, put_policy, throughout)
 from .trials import TrainBatches, compress_momentum, sample_losses, trial_copy
 
 # %% ../nbs/07b_find.ipynb #23ca940b
@@ -113,6 +113,7 @@ def _check_numbers(epochs, cost, lr):
 
 def _put(trial:Learner, policy):
     "Put a candidate onto a copy whose groups are frozen already"
+    if policy == CONVERTED: policy = Policy('train', throughout=True)
     if isinstance(policy, Policy): trial.add_cb(BatchNormFreeze(**policy._asdict()))
     else: put_policy(trial, policy, sum(_frozen(trial))) # as fastai freezes, whatever policy the Learner had
 
@@ -128,13 +129,21 @@ class _Search:
         folder:Path, # For what trials save
     ):
         self.learn,self.policies,self.seeds,self.full,self.folder = learn,policies,seeds,full,folder
-        self.rates,self.rows,self.losses,self.extra_batches = dict.fromkeys(policies, lr),[],[],0
+        self.rates,self.rows,self.losses,self.extra_batches,self.converted = dict.fromkeys(policies, lr),[],[],0,None
 
     def _copy(self, name:str, seed:int) -> Learner:
         trial = trial_copy(self.learn, self.folder)
         _put(trial, self.policies[name])
+        if self.policies[name] == CONVERTED: self._convert(trial)
         reseed(seed + _SEEDS_APART*len(self.losses), *self.learn.dls.loaders) # the luck of one round is not that of the next
         return trial
+
+    def _convert(self, trial:Learner):
+        "Convert a copy; from the second one on, by what the first has found"
+        if self.converted is None:
+            self.extra_batches += n_batches(trial.convert_bn())[0]
+            self.converted = {n: {k: t.detach().clone() for k,t in l.state_dict().items()} for n,l in norm_layers(trial.model).items()}
+        for n,l in norm_layers(trial.model).items(): l.load_state_dict(self.converted[n])
 
     def _rate(self, name:str) -> float|slice|None:
         if self.rates[name] == FIND:
@@ -204,7 +213,7 @@ def bn_find(self:Learner,
     cost:float=0.5, # Batches of all trials together, as a part of those of one full run of each candidate
     seeds:int|Iterable[int]=3, # How many trials of each candidate in a round, or which; with two, next to nothing is told apart
     lr:float|slice|str|None=None, # Learning rate of all candidates, that of the Learner if not given; `'find'` for one each
-    policies:Policies|None=None, # Candidates, as for `bn_compare`; by default what the freeze point leaves to choose
+    policies:Policies|None=None, # Candidates, as for `bn_compare`, also `'converted'`; by default what the freeze point leaves to choose
     plot:bool=True, # Show the plot?
 ) -> Found: # `suggestion`, `policy`, `confident`, `evidence`, `trials`, `shift`, `cost`
     "Try batch norm modes in short runs on copies of the Learner, which stays as it is; `ValueError` if there is too little to divide"

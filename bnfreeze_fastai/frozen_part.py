@@ -111,7 +111,8 @@ def fingerprints(
     return [fingerprint(t) for m in cut.before for t in (*m.parameters(), *m.buffers())]
 
 # %% ../nbs/03b_frozen_part.ipynb #f0a153fd
-_CHANGES = ('freeze', 'freeze_to', 'unfreeze', 'freeze_to_bn', 'recalibrate_bn', 'export', 'precompute', 'fold_frozen', 'bn_find')
+_CHANGES = ('freeze', 'freeze_to', 'unfreeze', 'freeze_to_bn', 'recalibrate_bn', 'convert_bn', 'export', 'precompute', 'fold_frozen',
+            'bn_find')
 
 def _raise(name:str, inside:str, *args, **kwargs):
     raise RuntimeError(f"`{name}` inside `with learn.{inside}()`, where the frozen part has to stay as it is: leave the block first.")

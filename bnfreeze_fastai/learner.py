@@ -39,7 +39,7 @@ from .fuse_callback import BatchNormFuse
 from .guard import look_moving, other_buffers
 from .loaders import as_in_fit
 from .point import thawed_by_hand, unknown_to_optimizer
-from .policy import ModeSpec, Policy, check_policy, layer_groups, told_policy
+from .policy import ModeSpec, Policy, check_policy, layer_groups, pretrained_norms, told_policy
 from .precompute import precomputed
 from .stats import Drift, Snapshot, layers_with_stats, recalibrate_bn as recalibrate
 
@@ -216,6 +216,36 @@ def bn_shift(self:Learner,
 ) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats); NaN where it cannot be measured
     "How foreign data is to the network, layer by layer: how far its statistics are from those stored; changes nothing"
     return stats.bn_shift(self.model, n_batches=n_batches, **_batches(self, ds_idx, dl))
+
+# %% ../nbs/06_learner.ipynb #a79780e5
+@patch
+def convert_bn(self:Learner,
+    ds_idx:int=0, # Dataset of the Learner to take batches from
+    dl:Iterable[Any]|None=None, # Loader to take them from instead
+    n_batches:int|None=None, # Use so many; all if not given
+    layers:str|None=None, # Glob over the dotted names of norm layers; those of all parameter groups but the last if not given
+) -> Learner: # `self`
+    "Convert pretrained norm layers to the data, and let them train; bad input raises `ValueError`, and nothing has changed"
+    how,had_opt = dict(n_batches=n_batches, **_batches(self, ds_idx, dl)),self.opt is not None
+    if not had_opt: self.create_opt()
+    cb = active_callback(self)
+    try:
+        chosen = (pretrained_norms(self.model, self.opt.param_lists, None if cb is None else cb._trained) if layers is None else
+                  [*stats.layers_with_stats(self.model, layers)])
+        stats.convert_bn(self.model, layers=chosen, **how)
+    except BaseException:
+        if not had_opt: self.opt = None
+        raise
+    level_slow_weights(self.opt, {p for n,l in norm_layers(self.model).items() if n in chosen for p in affine_params(l)})
+    if cb is None: self.add_cb(cb := BatchNormFreeze())
+    cb.set_policy(cb.bn_policy._replace(bn=_with_train(cb.bn_policy.bn, layers)), cb._trained, refrozen=False)
+    cb.apply()
+    return self
+
+def _with_train(bn:ModeSpec, layers:str|None) -> ModeSpec:
+    "`bn` with the mode `'train'` for what the glob `layers` picks, or for all"
+    if layers is None: return 'train'
+    return {layers: 'train', **{glob: mode for glob,mode in ({'*': bn} if isinstance(bn, str) else bn).items() if glob != layers}}
 
 # %% ../nbs/06_learner.ipynb #2438e59a
 @patch

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['FASTAI', 'AnyPolicy', 'Policies', 'Fit', 'FITS', 'is_function', 'check_policies', 'pretrained_layers', 'throughout',
-           'put_policy', 'check_epochs', 'check_lr', 'as_seeds', 'weights_hash', 'new_learner', 'n_batches',
-           'EpochRows', 'run_policy']
+__all__ = ['FASTAI', 'CONVERTED', 'AnyPolicy', 'Policies', 'Fit', 'FITS', 'is_function', 'check_policies', 'pretrained_layers',
+           'throughout', 'put_policy', 'check_epochs', 'check_lr', 'as_seeds', 'weights_hash', 'new_learner',
+           'n_batches', 'EpochRows', 'run_policy']
 
 # %% ../nbs/06a_runs.ipynb #c16d4300
 import time
@@ -38,9 +38,9 @@ from .restore import reseed
 from .stats import Snapshot, moved, snapshot
 
 # %% ../nbs/06a_runs.ipynb #6dccf390
-FASTAI = 'fastai'
-AnyPolicy = str|Policy|Callable[[Learner], Any] # a mode or `FASTAI`, a policy, or a function that does what it likes
-Policies = Iterable[str]|Mapping[str, AnyPolicy|Mapping[str, ModeSpec]] # modes and `FASTAI`, or names to policies, which may be dicts
+FASTAI,CONVERTED = 'fastai','converted'
+AnyPolicy = str|Policy|Callable[[Learner], Any] # a mode, `FASTAI` or `CONVERTED`, a policy, or a function that does what it likes
+Policies = Iterable[str]|Mapping[str, AnyPolicy|Mapping[str, ModeSpec]] # such names, or own names to policies, which may be dicts
 
 # %% ../nbs/06a_runs.ipynb #029d80b3
 def is_function(
@@ -56,8 +56,8 @@ def _check_one(name:str, policy) -> AnyPolicy:
         if unknown := set(policy) - set(Policy._fields):
             raise ValueError(f"Policy {name!r} has the unknown keys {sorted(unknown)}: choose from {list(Policy._fields)}.")
         return check_policy(Policy(**policy))
-    if isinstance(policy, str) and policy in (FASTAI, *MODES): return policy
-    raise ValueError(f"{policy!r:.60} is no policy: give {FASTAI!r}, one of the modes {list(MODES)}, a dict with keys among "
+    if isinstance(policy, str) and policy in (FASTAI, *MODES, CONVERTED): return policy
+    raise ValueError(f"{policy!r:.60} is no policy: give {FASTAI!r}, one of the modes {list(MODES)}, {CONVERTED!r}, a dict with keys among "
                      f"{list(Policy._fields)}, or a function of the Learner.")
 
 def _is_one(policies:Mapping) -> bool:
@@ -66,7 +66,7 @@ def _is_one(policies:Mapping) -> bool:
     return bool(keys) and keys <= set(Policy._fields) and (keys != {'throughout'} or isinstance(policies['throughout'], bool))
 
 def check_policies(
-    policies:Policies|None, # Modes and `'fastai'`, or a dict of names to policies; these five if not given
+    policies:Policies|None, # Modes, `'fastai'`, `'converted'`, or a dict of names to policies; without `'converted'` if not given
 ) -> dict[str, AnyPolicy]: # Name to policy
     "Policies by name; `ValueError` for one that is not known, or if there are none"
     if policies is None: policies = (FASTAI, *MODES)
@@ -107,8 +107,9 @@ def put_policy(
         learn.freeze_to(n)
         return policy(learn) if callable(policy) else None
     if (cb := active_callback(learn)) is not None: cb.schedule = {}
-    if isinstance(policy, str): policy = Policy(policy, throughout=True)
-    learn.freeze_to_bn(n, **policy._asdict())
+    by_name = Policy('train' if policy == CONVERTED else policy, throughout=True) if isinstance(policy, str) else policy
+    learn.freeze_to_bn(n, **by_name._asdict())
+    if policy == CONVERTED: learn.convert_bn()
 
 # %% ../nbs/06a_runs.ipynb #b7e2ecc1
 def check_epochs(

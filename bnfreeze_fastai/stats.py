@@ -11,12 +11,12 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['Snapshot', 'snapshot', 'symmetric_kl', 'bn_drift', 'moved', 'layers_with_stats', 'bn_shift', 'Drift',
-           'recalibrate_bn']
+           'recalibrate_bn', 'convert_bn']
 
 # %% ../nbs/02_stats.ipynb #e58cf9c5
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
@@ -130,6 +130,10 @@ def layers_with_stats(
     if not chosen: raise ValueError(f"No norm layer that {layers!r} picks keeps running statistics, so there is nothing to measure. "
                                     "Only batch norm and instance norm with `track_running_stats=True` do; "
                                     f"the model's norm layers: {known}.")
+    return _measurable(chosen)
+
+def _measurable(chosen:dict[str, nn.Module]) -> dict[str, nn.Module]: # As given
+    "Raise `ValueError` for layers with statistics that cannot be read"
     odd = [n for n,l in chosen.items() if not {'running_mean', 'running_var'} <= stats_buffers(l).keys()]
     if odd: raise ValueError(f"{odd} do not keep their running statistics in plain buffers: leave them out by the glob `layers`.")
     lazy = [n for n,l in chosen.items() if is_lazy(l.running_mean)]
@@ -304,10 +308,20 @@ class Drift(pd.DataFrame):
             raise
 
 # %% ../nbs/02_stats.ipynb #e4328643
+def _chosen(model:nn.Module, layers:str|Collection[str]) -> dict[str, nn.Module]: # Those of them with running statistics
+    if isinstance(layers, str) or not isinstance(layers, Collection): return layers_with_stats(model, layers)
+    norms,names = norm_layers(model),layers
+    if unknown := sorted(set(names) - norms.keys()):
+        raise ValueError(f"{unknown} are no norm layers of the model; its norm layers: {', '.join(norms) or 'none'}.")
+    chosen = {n: l for n,l in norms.items() if n in names and keeps_stats(l)}
+    if not chosen: raise ValueError(f"There is nothing to convert: of the layers {sorted(names)} none keeps running statistics. "
+                                    "Choose those that do by the glob `layers`.")
+    return _measurable(chosen)
+
 def recalibrate_bn(
     model:nn.Module, # Any model
     batches:Iterable[Any], # Tensors, or tuples with the model's inputs first; of training size
-    layers:str='*', # Glob over the dotted names of norm layers; the others stay as they are
+    layers:str|Collection[str]='*', # Glob over the dotted names of norm layers, or the names; the others stay as they are
     method:str='batch', # `'batch'` or `'sequential'`, see above
     preserve:bool=False, # Rescale weight and bias too, so that the network computes what it computed before?
     n_batches:int|None=None, # Use so many; all if not given
@@ -320,7 +334,7 @@ def recalibrate_bn(
     "Set running statistics to those of `batches`, in a `with` for its block; on any exception, as for bad input, nothing has changed"
     _check_mixture(stats, prior)
     memory_for(max_mem) # refuses what is no number
-    chosen,settle = layers_with_stats(model, layers),_Settle(before := _stored(model), stats, prior)
+    chosen,settle = _chosen(model, layers),_Settle(before := _stored(model), stats, prior)
     observer = _observer(method, preserve, settle)
     _check_writable(model, chosen, preserve)
     found,count,why = _measure(model, batches, chosen, observer, n_batches, n_inp, progress, max_mem)
@@ -329,3 +343,15 @@ def recalibrate_bn(
     with _written({f'{n}.{k}': (getattr(chosen[n], k), v) for n in values for k,v in values[n].items()}):
         for reason in why: warnings.warn(f"{reason} They keep their statistics.", stacklevel=2)
         return Drift(bn_drift(model, before)).undone_by(partial(_put_back, kept))
+
+# %% ../nbs/02_stats.ipynb #37174466
+def convert_bn(
+    model:nn.Module, # Any model
+    batches:Iterable[Any], # Tensors, or tuples with the model's inputs first
+    layers:str|Collection[str]='*', # Glob over the dotted names of norm layers, or the names; the others stay as they are
+    n_batches:int|None=None, # Use so many; all if not given
+    n_inp:int|None=None, # How many elements of a tuple the model takes; all but the last if not given
+    progress:bool=True, # Show a progress bar?
+) -> Drift: # The drift: `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
+    "Let the mode `'train'` start from what the network computes in evaluation; errors as for `recalibrate_bn`"
+    return recalibrate_bn(model, batches, layers, 'sequential', True, n_batches, n_inp, progress)

@@ -88,6 +88,8 @@ def statistics(model: nn.Module, batches: list[tuple[Tensor, Tensor]], loader: t
     assert_type(symmetric_kl(x, x, x, x), Tensor)
     bn_drift(model)  # reportCallIssue
     bn_drift(model, bn_drift(model, start))  # reportArgumentType
+    assert_type(convert_bn(model, batches, ['0.1'], n_batches=2), pd.DataFrame)
+    convert_bn(model, batches, 3)  # reportArgumentType
     recalibrate_bn(model, 3)  # reportArgumentType
     recalibrate_bn(model, batches, preserve='yes')  # reportArgumentType
     recalibrate_bn(model, batches, ds_idx=1)  # reportCallIssue
@@ -207,6 +209,7 @@ def methods_of_a_learner(learn: Learner, batches: list[tuple[Tensor, Tensor]]):
     assert_type(summary.df, pd.DataFrame)
     assert_type(summary.title, str)
     start = learn.bn_snapshot()
+    learn.convert_bn(n_batches=4).fine_tune(3)
     drifts: list[pd.DataFrame] = [learn.recalibrate_bn(ds_idx=0, layers='0.*'), learn.bn_shift(dl=batches), learn.bn_drift(start)]
     ax: Axes = learn.plot_bn_drift()
     plot_bn_drift(pd.concat(drifts), ax=ax)
@@ -228,6 +231,7 @@ def signatures_of_the_methods(learn: Learner, batches: list[tuple[Tensor, Tensor
     assert_type(methods.freeze_to_bn(learn, -1, 'frozen', {'*': 'train'}), Learner)
     assert_type(methods.bn_summary(learn), BatchNormSummary)
     assert_type(methods.recalibrate_bn(learn, 0, None, 3, '*', 'batch', True), Drift)
+    assert_type(methods.convert_bn(learn, layers='0.*'), Learner)
     assert_type(methods.bn_shift(learn, 1, dl=batches, n_batches=3), pd.DataFrame)
     start = methods.bn_snapshot(learn)
     assert_type(start, dict[str, dict[str, Tensor]])
@@ -239,6 +243,7 @@ def signatures_of_the_methods(learn: Learner, batches: list[tuple[Tensor, Tensor
     methods.freeze_to_bn(learn, 'head')  # reportArgumentType
     methods.freeze_to_bn(learn, -1, bn={'0.*': True})  # reportArgumentType
     methods.recalibrate_bn(learn, dl=3)  # reportArgumentType
+    methods.convert_bn(learn, layers=['0.1'])  # reportArgumentType
     methods.bn_drift(learn, since=methods.bn_drift(learn))  # reportArgumentType
     methods.precompute(learn, max_mem='2 GB')  # reportArgumentType
 
