@@ -105,7 +105,7 @@ def _of_torchvision(arch:str, weights:str, n_out:int) -> tuple[nn.Module, Callab
     model = _download(lambda: build(weights='DEFAULT')) if weights == PRETRAINED else build(weights=None)
     meta = model_meta.get(build, dict(cut=None, split=default_split))
     try:
-        body = create_body(model, cut=meta['cut'])
+        body = model.features if build not in model_meta and hasattr(model, 'features') else create_body(model, cut=meta['cut'])
         n_features = num_features_model(nn.Sequential(*body.children()))
     except (StopIteration, RuntimeError):
         raise ValueError(f"fastai does not know how to cut {arch}: write a function that makes body and head.") from None

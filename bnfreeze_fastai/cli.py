@@ -136,32 +136,33 @@ def find(
     arch:str='resnet34', # Architecture of torchvision or timm, or file.py:function for a function of the number of classes
     weights:str='pretrained', # File with a state_dict, or `pretrained`, or `none`
     epochs:int=5, # Epochs that a full run would have
-    cost:float=0.5, # Batches of all trials, as a part of those of full runs of every mode
-    lr:float=None, # Learning rate; fastai's 0.001 if not given
-    seeds:int=3, # Trials of each mode in a round, 2 or more
-    freeze_to:int=-1, # Parameter groups before this one are frozen; 0 trains everything, as fine_tune does most of the time
+    fit:str='fine_tune', # How to train: fine_tune, fit_one_cycle, fit_flat_cos or fit
+    lr:float=None, # Learning rate; the default of --fit if not given: 0.002 for fine_tune, 0.001 for the others
+    freeze_to:int=-1, # Parameter groups before this one are frozen; 0 trains everything (with --fit fit_one_cycle)
     size:int=224, # Images are squeezed to squares of so many pixels
     bs:int=64, # Batch size
     valid_pct:float=None, # Part of the images for validation, where there is no folder for them
     skip_unreadable:bool=False, # Leave out images that cannot be read
-    out:str='bnfreeze-find', # Folder for trials.csv, settings.json, report.md and plot.png
+    out:str='bnfreeze-find', # Folder for gains.csv, settings.json, report.md and plot.png
 ) -> None:
-    "Suggest a batch norm mode for a folder of images by short trials, and say whether it is more than noise"
+    "Suggest a batch norm policy for a folder of images by a rule and short trials, and say what it should gain"
     import bnfreeze_fastai.find # patches `bn_find` in
     from bnfreeze_fastai.results import write_json
     from bnfreeze_fastai.runs import new_learner
+    from bnfreeze_fastai.compare import check_training
+    check_training(epochs, fit, freeze_to, lr)
     path = _check_folder(out)
     get_learner,settings = _task(data, arch, weights, size, bs, valid_pct, skip_unreadable, None)
     learn = new_learner(get_learner, 0)
     learn.freeze_to_bn(freeze_to)
-    found = learn.bn_find(epochs, cost, seeds, lr, plot=False)
+    found = learn.bn_find(epochs, fit, lr, plot=False)
     print(f"\n\n{found}")
     path.mkdir(parents=True, exist_ok=True)
-    settings.update(epochs=epochs, cost=cost, lr=learn.lr if lr is None else lr, seeds=seeds, freeze_to=freeze_to)
-    found.trials.to_csv(path/'trials.csv', index=False)
+    settings.update(fit=fit, epochs=epochs, lr=lr, freeze_to=freeze_to, suggestion=found.suggestion)
+    found.table.to_csv(path/'gains.csv', index=False)
     write_json(path/'settings.json', settings)
     found.plot().savefig(path/'plot.png')
-    _report(path, 'A batch norm mode, by short trials', settings, found.tables())
+    _report(path, 'A batch norm policy, by a rule and short trials', settings, found.tables())
 
 # %% ../nbs/08_cli.ipynb #ed53bfc6
 COMMANDS = {'demo': demo, 'compare': compare, 'find': find}

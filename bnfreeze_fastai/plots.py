@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['plot_scores', 'plot_differences', 'plot_score_curves', 'plot_trials', 'plot_bn_drift']
+__all__ = ['plot_scores', 'plot_differences', 'plot_score_curves', 'plot_gains', 'plot_bn_drift']
 
 # %% ../nbs/05_plots.ipynb #55794ceb
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
@@ -83,22 +83,23 @@ def plot_score_curves(
     return ax
 
 # %% ../nbs/05_plots.ipynb #ae7b1e26
-def plot_trials(
-    trials:pd.DataFrame, # One row per trial: `candidate`, `train_batches`, `valid_loss`
-    best:str|None=None, # Candidate to draw in bold
+def plot_gains(
+    table:pd.DataFrame, # One row per policy: `policy`, `by_rule`, `expected`, `low`, `high`, in points
+    best:str|None=None, # Policy to draw in bold
     ax:Axes|None=None, # Axes to draw into; made if not given
 ) -> Axes: # The axes drawn into
-    "Validation loss against the length of the trial, by candidate"
-    _check(trials, ('candidate', 'train_batches', 'valid_loss'), 'with one row per trial', ax)
-    if ax is None: _,ax = plt.subplots(figsize=(6, 3.5), layout='constrained')
-    for i,(name,group) in enumerate(trials.groupby('candidate', sort=False)):
-        mean = group.groupby('train_batches')['valid_loss'].mean()
-        line, = ax.plot(mean.index, mean, 'o-', ms=3, color=f'C{i}' if i < 10 else plt.cm.tab20(i), label=name, lw=3 if name == best else 1)
-        ax.plot(group['train_batches'], group['valid_loss'], 'o', ms=4, alpha=0.4, color=line.get_color())
-    ax.set_xscale('log', base=2)
-    ticks = sorted(trials['train_batches'].unique())
-    ax.set(xticks=ticks, xticklabels=ticks, xlabel='training batches', ylabel='validation loss')
-    ax.grid(axis='y', alpha=0.3)
+    "Expected gains over fastai's default with their intervals, the best on top"
+    _check(table, ('policy', 'by_rule', 'expected', 'low', 'high'), 'with one row per policy', ax)
+    if ax is None: _,ax = plt.subplots(figsize=(6, 0.8+0.4*len(table)), layout='constrained')
+    ax.axvline(0, color='grey', lw=1)
+    for i,row in enumerate(table.itertuples()):
+        bold = dict(color='C0', lw=4 if row.policy == best else 2)
+        ax.plot([row.low, row.high], [i, i], solid_capstyle='round', **bold)
+        ax.plot(row.by_rule, i, 'o', color='grey', ms=7, label='by the rule' if i == 0 else None)
+        ax.plot(row.expected, i, 'o', color='C1', ms=6 if row.policy == best else 4, label='with the trials' if i == 0 else None)
+    ax.set_yticks(range(len(table)), table['policy'])
+    ax.invert_yaxis()
+    ax.set_xlabel("gain over fastai's default, points of accuracy, 80% interval")
     ax.legend(fontsize='small')
     return ax
 

@@ -6,23 +6,21 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['parameter_groups', 'trial_copy', 'TrainBatches', 'compress_momentum', 'sample_losses']
+__all__ = ['parameter_groups', 'trial_copy', 'TrainBatches', 'short_fit', 'compress_momentum', 'scores']
 
 # %% ../nbs/06d_trials.ipynb #3f4caa74
-from contextlib import nullcontext
 from copy import deepcopy
-from inspect import signature
 from itertools import chain, islice, repeat
+from math import inf, isnan
 from pathlib import Path
 
-import numpy as np
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
 from fastai.callback.schedule import Learner # with the methods that fit
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Recorder
 from fastcore.basics import GetAttr, noop
-from torch import nn
+from torch import Tensor, nn
 
 from .callback import BatchNormFreeze, as_groups
 from .core import bn_layers
@@ -89,10 +87,22 @@ class _Batches(GetAttr):
     def __iter__(self): return islice(chain.from_iterable(repeat(self.dl)), self.n)
 
 class TrainBatches(Callback):
-    "Train on `n` batches in each epoch, whatever the loader has, and do not validate"
-    def __init__(self, n:int): self.n = n
-    def before_train(self) -> None: self.learn.dl = _Batches(self.learn.dl, self.n)
+    "Train each fit's one epoch on so many batches, whatever the loader has, and do not validate"
+    def __init__(self, *lengths:int): self.lengths = list(lengths) # of the first fit, the second, …
+    def before_train(self) -> None: self.learn.dl = _Batches(self.learn.dl, self.lengths.pop(0))
     def before_validate(self) -> None: raise CancelValidException()
+
+def short_fit(
+    learn:Learner,
+    fit:str, # Method that trains: `'fine_tune'`, `'fit_one_cycle'`, …
+    epochs:int, # Of a full run
+    n:int, # Batches to train on
+    lr:float|slice|None=None, # Learning rate; the default of `fit` if not given
+) -> None:
+    "A full run in `n` batches: the same schedule, compressed; `fine_tune` divides them between its two fits as it divides epochs"
+    first = max(round(n/(epochs+1)), 1)
+    lengths = (first, max(n-first, 1)) if fit == 'fine_tune' else (n,)
+    getattr(learn, fit)(1, *([] if lr is None else [lr]), cbs=TrainBatches(*lengths))
 
 # %% ../nbs/06d_trials.ipynb #a811f3c4
 def compress_momentum(
@@ -107,24 +117,22 @@ def compress_momentum(
         layer.momentum = max(layer.momentum, 1 - left**(1/trial))
 
 # %% ../nbs/06d_trials.ipynb #0859aba5
-class _SampleLosses(Callback):
-    def before_validate(self): self.found = []
+class _Score(Callback):
+    def before_validate(self): self.n,self.loss_sum,self.hits = 0,0.,0
     def after_loss(self):
-        loss,n = self.learn.loss.detach().float(),len(self.learn.yb[0]) if self.learn.yb else 1
-        self.found.append((loss.reshape(n, -1).mean(1) if loss.numel() % n == 0 else loss.mean()[None]).cpu().numpy())
+        y,pred = self.learn.yb[0],self.learn.pred
+        if not isinstance(pred, Tensor) or not isinstance(y, Tensor) or y.is_floating_point() or y.dim() != 1 or pred.dim() != 2:
+            raise ValueError("the targets are not one class for each sample")
+        self.n += len(y)
+        self.loss_sum += self.learn.loss.detach().float().mean().item()*len(y)
+        self.hits += (pred.argmax(1) == y).sum().item()
 
-def _by_sample(learn:Learner):
-    "A context manager in which the loss is not reduced, if it can be so"
-    f = learn.loss_func
-    try: able = hasattr(f, 'reduction') or 'reduction' in signature(f).parameters
-    except ValueError: able = False # no signature, as of some built-in functions
-    return learn.loss_not_reduced() if able else nullcontext()
-
-def sample_losses(
+def scores(
     learn:Learner, # Its model is run
-    dl, # Any loader
-) -> np.ndarray: # One value per sample, or per batch if the loss has only a mean; shape (n,)
-    "The validation losses of `learn` on `dl`"
-    record = _SampleLosses()
-    with learn.no_logging(), _by_sample(learn): learn.validate(dl=dl, cbs=record)
-    return np.concatenate(record.found)
+    dl, # Loader of the samples
+) -> tuple[float, float]: # Mean loss, infinite if it is no number, and accuracy from 0 to 1
+    "Loss and accuracy of `learn` on `dl`; `ValueError` if it does not tell each sample one of several classes"
+    record = _Score()
+    with learn.no_logging(), learn.no_bar(): learn.validate(dl=dl, cbs=record)
+    loss = record.loss_sum/record.n
+    return inf if isnan(loss) else loss,record.hits/record.n

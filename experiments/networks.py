@@ -78,7 +78,8 @@ def _resnet20(path):
     blocks = [_Block(a, b, 1 if a == b else 2) for a, b in zip(sizes, sizes[1:])]
     body = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *blocks)
     theirs = torch.load(path, map_location='cpu', weights_only=True)['state_dict']
-    body.load_state_dict(dict(zip(body.state_dict(), theirs.values())))
+    names = [n for n in body.state_dict() if not n.endswith('num_batches_tracked')]  # which the file does not have
+    body.load_state_dict(dict(zip(names, theirs.values())), strict=False)
     return body, 64, imagenet_stats
 
 

@@ -33,7 +33,7 @@ LOOKS = {
     'recalibrate_bn': lambda learn: learn.recalibrate_bn(),
     'recalibrate_bn, sequential': lambda learn: learn.recalibrate_bn(method='sequential', preserve=True),
     'bn_shift': lambda learn: learn.bn_shift(),
-    'bn_find': lambda learn: learn.bn_find(16, 0.4, 2, policies=['train', 'frozen'], plot=False),
+    'bn_find': lambda learn: learn.bn_find(16, plot=False),
 }
 ALL = TRAINS | LOOKS
 NEEDS_FROZEN = ('fit in precompute', 'fit in fold_frozen', 'precompute')

@@ -123,9 +123,9 @@ def search(tell, seed):
     rng = random.Random(seed)
     learn = under_policy(new_learner(case := draw(rng)), case)
     start = parts(learn.model)
-    found = learn.bn_find(16, seeds=2, lr=rng.choice([None, 'find']), policies=['train', 'frozen', 'affine-only'], plot=False)
+    found = learn.bn_find(16, rng.choice(['fine_tune', 'fit_one_cycle']), plot=False)
     [tell('wrong', f'{k} moved') for k, v in parts(learn.model).items() if not all(map(bitwise, v, start[k]))]
-    return found.trials.to_csv(index=False, float_format='%.6g')
+    return found.table.to_csv(index=False, float_format='%.6g')
 
 
 def whole_runs(folder, kept):

@@ -145,12 +145,13 @@ def test_compare_is_stopped_and_goes_on(pets):
 
 
 def test_find(pets):
-    res = run('find', 'pets', *SMALL, '--epochs', '10', '--seeds', '2', '--cost', '0.5', '--out', 'found')
+    res = run('find', 'pets', *SMALL, '--epochs', '10', '--fit', 'fit_one_cycle', '--out', 'found')
     assert res.returncode == 0, res.stderr
-    assert sorted(p.name for p in Path('found').iterdir()) == ['plot.png', 'report.md', 'settings.json', 'trials.csv']
+    assert sorted(p.name for p in Path('found').iterdir()) == ['gains.csv', 'plot.png', 'report.md', 'settings.json']
     assert 'Suggestion' in res.stdout and 'Suggestion' in Path('found/report.md').read_text()
-    assert len(pd.read_csv('found/trials.csv')) == 2 * (4 + 2)
-    assert {'cost': 0.5, 'epochs': 10, 'arch': 'own.py:net'}.items() <= json.loads(Path('found/settings.json').read_text()).items()
+    gains = pd.read_csv('found/gains.csv')
+    assert 'fastai' in set(gains['policy']) and (gains['loss'].notna().sum(), len(gains)) == (3, len(gains))
+    assert {'fit': 'fit_one_cycle', 'epochs': 10, 'arch': 'own.py:net'}.items() <= json.loads(Path('found/settings.json').read_text()).items()
 
 
 @pytest.mark.parametrize('arch', ['resnet18', 'mobilenetv3_small_050'])
@@ -224,15 +225,15 @@ def broken_function():
         ('compare', ['pets', '--fit', 'fit_sgdr'], None, 'fit_one_cycle'),
         ('compare', ['pets', '--freeze-to', '0'], None, 'another `fit`'),
         ('compare', ['pets', '--fit', 'fit', '--freeze-to', '7'], None, 'out of range'),
-        ('find', ['pets', '--freeze-to', '7'], None, 'out of range'),
+        ('find', ['pets', '--fit', 'fit', '--freeze-to', '7'], None, 'out of range'),
         ('compare', ['pets', '--epochs', '0'], None, 'from 1 up'),
         ('compare', ['pets', '--seeds', '0'], None, 'from 1 up'),
         ('compare', ['pets', '--size', '0'], None, 'from 8 up'),
         ('compare', ['pets', '--bs', '0'], None, 'from 1 up'),
         ('compare', ['pets', '--jobs', '0'], None, 'from 1 up'),
-        ('find', ['pets', '--cost', '2'], None, 'at most 1'),
-        ('find', ['pets', '--seeds', '1'], None, '2 or more'),
-        ('find', ['pets', '--epochs', '1', '--cost', '0.01'], None, 'too little to divide'),
+        ('find', ['pets', '--fit', 'fit_sgdr'], None, 'fit_one_cycle'),
+        ('find', ['pets', '--freeze-to', '0'], None, 'another `fit`'),
+        ('find', ['pets', '--lr', '-1'], None, '`lr`'),
         ('compare', ['pets'], unreadable, '3.png'),
         ('find', ['pets'], unreadable, '3.png'),
         ('compare', ['pets'], one_class, 'one class only, cat'),

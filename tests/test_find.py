@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 import bnfreeze_fastai.find
 from bnfreeze_fastai.all import *
+from bnfreeze_fastai.rules import ADVICE, TRIED
 
 FAR = dict(source=lambda x: 20 * x + 50)  # the stored statistics are those of other data, and batches are large
 SMALL_BATCHES = dict(bs=2, n=96, bright=1)  # the stored statistics are right; those of a batch take away what tells the classes apart
@@ -45,28 +46,26 @@ def planted(seed, n=512, bs=64, source=lambda x: x, bright=0):
     return learn
 
 
-def find(learn, **kwargs):
+def find(learn, epochs=8, fit='fit_one_cycle', **kwargs):
     with learn.no_bar():
-        return learn.bn_find(**{**dict(epochs=5, cost=0.5, seeds=2, plot=False), **kwargs})
+        return learn.bn_find(epochs, fit, plot=False, **kwargs)
 
 
 @pytest.mark.parametrize(
     'problem,right',
-    [
-        (FAR, lambda found: found.suggestion in ('train', 'stats-only')),
-        (SMALL_BATCHES, lambda found: found.suggestion in ('affine-only', 'frozen')),
-        (NOTHING, lambda found: not found.confident),
-    ],
-    ids=['far', 'small batches', 'nothing'],
+    [(FAR, ('fastai',)), (SMALL_BATCHES, ('affine-only', 'converted'))],
+    ids=['far', 'small batches'],
 )
-def test_planted_problems(problem, right):
-    found = [find(planted(seed, **problem)) for seed in range(10)]
-    assert sum(map(right, found)) >= 9, [(f.suggestion, f.confident) for f in found]
+def test_trials_overrule_the_rule_where_they_are_clear(problem, right):
+    found = [find(planted(seed, **problem), epochs=20) for seed in range(10)]
+    assert sum(f.suggestion in right for f in found) >= 9, [(f.suggestion, f.gain) for f in found]
 
 
-def test_a_difference_that_is_large_is_told_with_confidence():
-    found = [find(planted(seed, **FAR), policies=['train', 'frozen'], epochs=20, seeds=3) for seed in range(3)]
-    assert all(f.confident and f.suggestion == 'train' for f in found)
+def test_gain_and_interval_belong_to_the_suggestion():
+    found = find(planted(0))
+    row = found.table.set_index('policy').loc[found.suggestion]
+    assert (found.gain, found.low, found.high) == tuple(row[['expected', 'low', 'high']]) and found.low < found.gain < found.high
+    assert found.gain == found.table['expected'].max() and set(found.table['policy'][found.table['loss'].notna()]) == {*TRIED['head']}
 
 
 class Everything:
@@ -188,30 +187,38 @@ def test_with_any_optimizer_loss_and_splitter(kwargs):
     learn = make(**kwargs)
     everything = Everything(learn)
     found = find(learn)
-    assert not everything.changed() and len(found.evidence) == 4
+    assert not everything.changed() and found.suggestion in {*found.table['policy']}
 
 
-@pytest.mark.parametrize('lr', ['find', slice(1e-4, 1e-2), 0.1])
-def test_with_any_learning_rate(lr):
+RATES = {'head': [(-1, None), (-1, 0.1)], 'fine_tune': [(0, slice(1e-4, 1e-2))], 'full': [(0, 0.1), (0, slice(1e-2)), (0, slice(1e-3, 1e-2))]}
+
+
+@pytest.mark.parametrize('phase,n,lr', [(phase, *how) for phase, ways in RATES.items() for how in ways])
+def test_phase_follows_from_freeze_point_and_learning_rate(phase, n, lr):
     learn = make()
-    learn.freeze()
+    learn.freeze_to(n)
     everything = Everything(learn)
     found = find(learn, lr=lr, epochs=10)
-    assert not everything.changed()
-    rates = found.trials.groupby('candidate')['lr'].nunique()
-    assert (rates == 1).all() and (lr == 'find' or set(found.trials['lr']) == {str(lr) if isinstance(lr, slice) else lr})
-    assert (found.cost > 0.5) == (lr == 'find')
+    assert not everything.changed() and {*found.table['policy']} == {'fastai', *ADVICE[phase]}
+
+
+def test_fine_tune_is_a_phase_of_its_own_at_any_freeze_point():
+    for n in (0, -1):
+        learn = make()
+        learn.freeze_to(n)
+        found = find(learn, epochs=10, fit='fine_tune')
+        assert (found.by_rule, found.freeze_to) == ('affine-only', -1)
 
 
 class Raises(Callback):
     order = 90
 
     def __init__(self, error):
-        self.error, self.left = error, 20
+        self.error = error
 
     def after_pred(self):
         Raises.count += 1
-        if Raises.count == 40:
+        if Raises.count == 15:
             raise self.error('stop')
 
 
@@ -224,7 +231,7 @@ def test_the_learner_is_left_as_it_was_when_a_trial_fails(error):
     everything = Everything(learn)
     with pytest.raises(error):
         find(learn)
-    assert Raises.count == 40 and not everything.changed()
+    assert Raises.count == 15 and not everything.changed()
 
 
 @pytest.mark.parametrize('generator', [None, torch.Generator()])
@@ -250,32 +257,47 @@ def test_training_goes_on_as_without_a_search():
 
 
 def test_the_same_search_gives_the_same_trials():
-    a, b, c = (find(planted(0), seeds=s).trials for s in ([0, 1], [0, 1], [2, 3]))
-    assert a.equals(b) and not a['valid_loss'].equals(c['valid_loss'])
+    a, b = (find(planted(0)).table for _ in range(2))
+    assert a.equals(b)
 
 
-def test_all_candidates_of_a_round_see_the_same():
+def seen_in_trials(learn, **how):
+    "Per trial, `(training?, input, learning rate of the head)` of each batch"
     seen = []
 
     class See(Callback):
-        def after_pred(self):
-            seen.append((self.training, self.xb[0].clone(), self.learn.opt.hypers[-1]['lr']))
+        def before_train(self):
+            seen.append([])
 
-    learn = planted(0, n=64, bs=8)
+        def after_pred(self):
+            if seen:  # before, the search looks whether the task has classes
+                seen[-1].append((self.training, self.xb[0].clone(), self.learn.opt.hypers[-1]['lr']))
+
     learn.add_cb(See())
-    trials = find(learn, lr=0.1).trials
-    by_round = {}
-    for row in trials.itertuples():
-        n = row.train_batches + row.valid_batches
-        mine, seen = seen[:n], seen[n:]
-        by_round.setdefault((row.round, row.seed), []).append(mine)
-    assert not seen and [len(group) for group in by_round.values()] == [4, 4, 2, 2]
-    for first, *others in by_round.values():
-        for other in others:
-            assert all(a[0] == b[0] and torch.equal(a[1], b[1]) and a[2] == b[2] for a, b in zip(first, other, strict=True))
-        assert max(lr for training, _, lr in first if training) == pytest.approx(0.1, rel=0.1)
-    train = [torch.stack([x for training, x, _ in group[0][:4] if training]) for group in by_round.values()]
-    assert not any(torch.equal(a, b) for i, a in enumerate(train) for b in train[:i])  # another seed or round, other batches
+    return find(learn, **how), seen
+
+
+def test_all_candidates_see_the_same_at_the_same_rates():
+    found, (first, *others) = seen_in_trials(planted(0, n=64, bs=8), lr=0.1)
+    assert len(others) == len(TRIED['head']) - 1
+    for other in others:
+        assert all(a[0] == b[0] and torch.equal(a[1], b[1]) and a[2] == b[2] for a, b in zip(first, other, strict=True))
+    rates = [lr for training, _, lr in first if training]
+    assert max(rates) == pytest.approx(0.1, rel=0.1) and rates[-1] < 0.01  # the whole schedule, with its annealing
+
+
+def test_trials_have_two_fifths_of_a_run():
+    learn = planted(0)
+    found, seen = seen_in_trials(learn, epochs=10)
+    full = 10 * len(learn.dls.train)
+    assert sum(training for trial in seen for training, *_ in trial) == 3 * int(0.4 * full / 3)
+    assert found.full_seconds > 0 and found.seconds > 0
+
+
+def test_a_run_too_short_to_divide_follows_the_rule():
+    found, seen = seen_in_trials(planted(0), epochs=1)
+    assert not seen and found.suggestion == found.by_rule == 'affine-only' and 'too short' in found.why and np.isnan(found.full_seconds)
+    assert found.low < found.gain < found.high
 
 
 def test_statistics_forget_the_old_as_in_a_full_run():
@@ -287,27 +309,33 @@ def test_statistics_forget_the_old_as_in_a_full_run():
 
     learn = planted(0)
     learn.add_cb(See())
-    trials = find(learn, policies=['train', 'frozen']).trials
-    n, full = trials['train_batches'][0], 5 * len(learn.dls.train)
+    find(learn)
+    full = 8 * len(learn.dls.train)
+    n = int(0.4 * full / 3)
+    seen.discard(0.1)  # of the conversion, which averages over all batches
     assert len(seen) == 1 and (1 - seen.pop()) ** n == pytest.approx(max(0.9**full, 0.01))
 
 
-def test_fastai_is_fastai_whatever_policy_the_learner_had():
-    learn = planted(0)
-    learn.freeze_to_bn(-1)
-    trials = find(learn, policies=['fastai', 'train', 'frozen']).trials
-    losses = trials[trials['round'] == 1].groupby('candidate')['valid_loss'].apply(list)
-    assert losses['fastai'] == losses['train'] != losses['frozen']
+def test_trials_do_not_depend_on_the_policy_that_the_learner_had():
+    tables = []
+    for had in (False, True):
+        learn = planted(0)
+        if had:
+            learn.freeze_to_bn(-1, bn='stats-only')
+        tables.append(find(learn).table)
+    assert tables[0].equals(tables[1])
 
 
-def test_what_is_found_can_be_set():
+@pytest.mark.parametrize('suggestion,modes', [('fastai', None), ('affine-only', 'affine-only'), ('frozen', 'frozen'), ('converted', 'train')])
+def test_what_is_found_is_applied_and_holds_once_unfrozen(suggestion, modes):
     learn = planted(0)
-    for policies in (None, ['train', 'frozen']):
-        found = find(learn, policies=policies)
-        learn.freeze_to_bn(-1, **found.policy._asdict())
-        assert set(modes_in_force(learn).values()) == {found.suggestion}
-        learn.unfreeze()
-        assert set(learn.bn_summary().df['mode']) == {found.suggestion}
+    found = find(learn)._replace(suggestion=suggestion)
+    before = [b.clone() for b in learn.model.buffers()]
+    assert found.apply(learn) is learn and learn.opt.frozen_idx == 1
+    converted = not all(map(torch.equal, before, learn.model.buffers()))
+    assert converted == (suggestion == 'converted')
+    learn.unfreeze()
+    assert {*learn.bn_summary().df['mode']} == {modes or 'train'}
 
 
 def test_a_callback_that_holds_a_part_of_the_model_holds_that_of_the_copy():
@@ -358,69 +386,44 @@ def test_callbacks_train_in_trials_but_do_not_show():
     assert id(seen_by) not in {s[3] for s in seen} and not list(Path('.').rglob('*'))
 
 
-def test_cost_is_what_was_run():
-    seen = []
-
-    class Count(Callback):
-        def after_pred(self):
-            seen.append(self.training)
-
-    learn = planted(0)
-    learn.add_cb(Count())
-    found = find(learn, epochs=8)
-    full = 4 * 8 * (len(learn.dls.train) + len(learn.dls.valid))
-    assert sum(seen) == found.trials['train_batches'].sum() and len(seen) == found.trials[['train_batches', 'valid_batches']].sum().sum()
-    assert 0.4 < found.cost <= 0.5 and abs(found.cost * full - len(seen) - 4) < 1e-6
-
-
-def test_pairs_of_modes_between_frozen_and_trained_layers():
-    model = nn.Sequential(*body_and_head()[0], *body_and_head()[1])
-    learn = make(model=model, splitter=lambda m: [params(m[:3]), params(m[3:6]), params(m[6:])])
-    learn.freeze_to(1)
-    everything = Everything(learn)
-    found = find(learn, epochs=20)
-    assert len(found.evidence) == 16 and found.evidence['rounds'].value_counts().to_dict() == {1: 8, 2: 4, 3: 2, 4: 2}
-    below, above = found.suggestion.split(' / ')
-    assert found.policy.bn == below and found.policy.mode('4', False) == above and found.policy.mode('8', False) == 'train'
-    assert not everything.changed()
-    learn.freeze_to_bn(1, **found.policy._asdict())
-    assert modes_in_force(learn)['4'] == above
-
-
-def test_what_the_learner_has_set_for_other_layers_stays():
-    learn = make()
-    learn.freeze_to_bn(-1, bn_above={'1.*': 'affine-only'})
-    assert find(learn).policy.bn_above['1.*'] == 'affine-only'
-
-
-def test_models_without_statistics():
+def test_models_without_statistics_have_nothing_to_choose():
     body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU())
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    learn = make_learner(nn.Sequential(body, head), lr=0.01)
+    learn = make_learner(nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))), lr=0.01)
     learn.dls = used_dls()
-    learn.freeze()
-    found = find(learn)
-    assert set(found.evidence['candidate']) == {'train', 'frozen'} and found.shift.empty and len(found.plot().axes) == 1
+    with pytest.raises(ValueError, match='nothing to choose'):
+        find(learn)
 
 
-def test_shift_is_that_of_pretrained_layers():
-    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    learn = make_learner(nn.Sequential(body, head), lr=0.01)
-    learn.dls = used_dls()
-    body.train()(learn.dls.one_batch()[0])  # stands in for pretraining
-    learn.freeze()
-    assert list(find(learn).shift['layer']) == ['0.1']
-
-
-def test_losses_of_many_values_per_sample():
-    learn = make_learner(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)), nn.Conv2d(4, 2, 1)), lr=0.01)
+def segmentation(learn):
     items = [(torch.randn(3, 8, 8), torch.randint(0, 2, (8, 8))) for _ in range(64)]
     learn.dls = DataLoaders.from_dsets(items, items[:32], bs=8, num_workers=0, device='cpu')
+    learn.model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)), nn.Conv2d(4, 2, 1))
     learn.loss_func = CrossEntropyLossFlat(axis=1)
-    recalibrate_bn(learn.model, [torch.stack([x for x, _ in items])], progress=False)
+
+
+def regression(learn):
+    items = [(x, torch.randn(2)) for x, _ in learn.dls.train_ds]
+    learn.dls = DataLoaders.from_dsets(items, items[:32], bs=8, num_workers=0, device='cpu')
+    learn.loss_func = F.mse_loss
+
+
+def several_labels(learn):
+    items = [(x, torch.rand(2).round()) for x, _ in learn.dls.train_ds]
+    learn.dls = DataLoaders.from_dsets(items, items[:32], bs=8, num_workers=0, device='cpu')
+    learn.loss_func = F.binary_cross_entropy_with_logits
+
+
+@pytest.mark.parametrize('task', [segmentation, regression, several_labels], ids=lambda f: f.__name__)
+def test_other_tasks_than_classes_follow_the_rule_and_promise_no_gain(task):
+    learn = make()
+    task(learn)
+    recalibrate_bn(learn.model, [(x,) for x, _ in learn.dls.train], progress=False)
+    learn.create_opt()
     learn.freeze()
-    assert find(learn).evidence['noise'][1:].notna().all()
+    everything = Everything(learn)
+    found = find(learn)
+    assert found.suggestion == found.by_rule and 'one class for each sample' in found.why and np.isnan([found.gain, found.low, found.high]).all()
+    assert not everything.changed() and 'points' not in repr(found).split('To set it')[0]
 
 
 def iterable(learn):

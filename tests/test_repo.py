@@ -47,7 +47,7 @@ FLOORS = [
     'learner',
     'runs',
     'results',
-    'evidence',
+    'rules',
     'trials',
     'compare',
     'find',

@@ -10,7 +10,7 @@ from bnfreeze_fastai.cli import compare, demo
 from bnfreeze_fastai.compare import bn_compare
 from bnfreeze_fastai.fold import fold_frozen
 from bnfreeze_fastai.fuse import fused_bn, kept_bytes
-from bnfreeze_fastai.plots import plot_differences, plot_score_curves, plot_scores, plot_trials
+from bnfreeze_fastai.plots import plot_differences, plot_score_curves, plot_scores, plot_gains
 from bnfreeze_fastai.policy import Policy
 from bnfreeze_fastai.precompute import precomputed
 from bnfreeze_fastai.stats import bn_drift, bn_shift, moved, recalibrate_bn, snapshot
@@ -101,10 +101,10 @@ METHODS = {
     'a figure': (lambda l: l.plot_bn_drift(snapshot(l.model), ax=plt.figure()), '`ax` has to be Axes .* not a Figure'),
     'epochs': (lambda l: l.bn_find(epochs='3'), "`epochs` .* not '3'"),
     'no epochs': (lambda l: l.bn_find(epochs=0), '`epochs` .* not 0'),
-    'cost': (lambda l: l.bn_find(cost='half'), "not 'half'"),
-    'seeds': (lambda l: l.bn_find(seeds=True), '`seeds` .* not True'),
-    'one policy': (lambda l: l.bn_find(policies=Policy('frozen', 'train')), '`policies` is one policy.*give it a name'),
-    'a Learner': (lambda l: l.bn_find(policies=l), '`policies` is a list'),
+    'a fit that is none': (lambda l: l.bn_find(fit='fit_sgdr'), "'fit_one_cycle'.*not 'fit_sgdr'"),
+    'a fit of a function': (lambda l: l.bn_find(fit=len), 'see `bn_compare`'),
+    'a rate below 0': (lambda l: l.bn_find(lr=-1), '`lr` .* not -1'),
+    'rates for fine_tune': (lambda l: l.bn_find(lr=slice(1e-3)), 'has to be a number for `fine_tune`'),
     'memory': (lambda l: entering(l.precompute(max_mem='1GB')), "`max_mem` .* not '1GB'"),
     'versions': (lambda l: entering(l.precompute(n_aug=True)), '`n_aug` .* not True'),
     'type': (lambda l: entering(l.precompute(dtype='float16')), "'float16': choose one of"),
@@ -168,7 +168,7 @@ def test_a_learner_in_place_of_a_function():
     )
 
 
-@pytest.mark.parametrize('plot', [plot_scores, plot_differences, plot_score_curves, plot_trials, plot_bn_drift])
+@pytest.mark.parametrize('plot', [plot_scores, plot_differences, plot_score_curves, plot_gains, plot_bn_drift])
 def test_plots(plot):
     for wrong, said in (
         (None, 'DataFrame.* not None'),

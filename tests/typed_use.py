@@ -161,7 +161,7 @@ def fusion(model: nn.Module, x: Tensor):
 def plots(runs: pd.DataFrame, drift: pd.DataFrame, ax: Axes):
     assert_type(plot_scores(runs, 'accuracy'), Axes)
     assert_type(plot_score_curves(runs, x='n_images', ax=None), Axes)
-    assert_type(plot_trials(runs, best='train', ax=ax), Axes)
+    assert_type(plot_gains(runs, best='train', ax=ax), Axes)
     assert_type(plot_bn_drift(drift, 'kl', ax), Axes)
     assert_type(BatchNormDrift().df, pd.DataFrame)
     assert_type(BatchNormDrift().plot_bn_drift(ax=ax), Axes)
@@ -216,10 +216,9 @@ def methods_of_a_learner(learn: Learner, batches: list[tuple[Tensor, Tensor]]):
     with learn.precompute(n_aug=4, max_mem=2e9, dtype=torch.float16), learn.fold_frozen():
         learn.fuse_bn().fit_one_cycle(1)
     found: Found = learn.bn_find(epochs=5, plot=False)
-    if isinstance(found.policy, Policy):
-        learn.freeze_to_bn(-1, **found.policy._asdict())
-    assert_type((found.suggestion, found.confident, found.cost), tuple[str, bool, float])
-    assert_type((found.evidence, found.trials, found.shift), tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame])
+    assert_type(found.apply(learn), Learner)
+    assert_type((found.suggestion, found.gain, found.low, found.high), tuple[str, float, float, float])
+    assert_type((found.table, found.why, found.seconds), tuple[pd.DataFrame, str, float])
     assert_type(found.plot(), Figure)
     for heading, part in found.tables():
         assert_type((heading, part), tuple[str, str | pd.DataFrame])
