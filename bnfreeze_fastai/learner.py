@@ -66,7 +66,7 @@ def freeze_to_bn(self:Learner,
     n:int, # Freeze point: parameter groups before `n` are frozen; negative counts from the end; out of range raises `ValueError`
     bn:ModeSpec|None=None, # Mode in frozen groups, or a dict of globs to modes; `None` keeps what is set, at first `'frozen'`
     bn_above:ModeSpec|None=None, # Mode in trained groups, likewise; at first `'train'`
-    throughout:bool|None=None, # Do pretrained layers keep the mode `bn` once they are unfrozen too? At first `False`
+    throughout:bool|None=None, # Do pretrained layers keep the mode `bn` once they are unfrozen too? At first yes, see below
 ) -> Learner: # `self`
     "Freeze parameter groups up to `n`, and hold batch norm below and above in the modes given, in every fit from now on"
     cb = active_callback(self)
@@ -77,7 +77,9 @@ def freeze_to_bn(self:Learner,
         raise ValueError("The model has lazy layers without shapes yet, which fastai cannot freeze: run a batch through it first, "
                          "as by `learn.model(learn.dls.one_batch()[0])`.")
     n = _check_freeze_point(self, n)
-    if cb is None: self.add_cb(cb := BatchNormFreeze())
+    if cb is None:
+        if bn_above is throughout is None: policy = policy._replace(throughout=n % len(self.opt.param_lists) > 0)
+        self.add_cb(cb := BatchNormFreeze())
     cb.set_policy(policy, cb._trained if throughout is None else None)
     self.freeze_to(n)
     cb.apply()
