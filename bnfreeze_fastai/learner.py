@@ -66,11 +66,12 @@ def freeze_to_bn(self:Learner,
     n:int, # Freeze point: parameter groups before `n` are frozen; negative counts from the end; out of range raises `ValueError`
     bn:ModeSpec|None=None, # Mode in frozen groups, or a dict of globs to modes; `None` keeps what is set, at first `'frozen'`
     bn_above:ModeSpec|None=None, # Mode in trained groups, likewise; at first `'train'`
-    throughout:bool|None=None, # Do pretrained layers keep the mode `bn` once they are unfrozen too? At first yes, see below
+    throughout:bool|None=None, # Do pretrained layers keep the mode `bn` once they are unfrozen too? See below for `None`
 ) -> Learner: # `self`
     "Freeze parameter groups up to `n`, and hold batch norm below and above in the modes given, in every fit from now on"
     cb = active_callback(self)
     current = Policy() if cb is None else cb.bn_policy
+    if throughout is None and bn_above is not None: throughout = False # a mode for all that trains
     given = dict(bn=bn, bn_above=bn_above, throughout=throughout)
     policy = check_policy(current._replace(**{k: v for k,v in given.items() if v is not None}), self.model)
     if any(is_lazy(p) for p in self.model.parameters()):
@@ -78,7 +79,7 @@ def freeze_to_bn(self:Learner,
                          "as by `learn.model(learn.dls.one_batch()[0])`.")
     n = _check_freeze_point(self, n)
     if cb is None:
-        if bn_above is throughout is None: policy = policy._replace(throughout=n % len(self.opt.param_lists) > 0)
+        if throughout is None: policy = policy._replace(throughout=n % len(self.opt.param_lists) > 0)
         self.add_cb(cb := BatchNormFreeze())
     cb.set_policy(policy, cb._trained if throughout is None else None)
     self.freeze_to(n)

@@ -37,7 +37,7 @@ class At(Callback):
 @pytest.mark.parametrize('n', [0, 1])
 def test_a_group_of_norm_layers_follows_the_last_freeze_point_after_create_opt(n):
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-    learn = trained(model=model).freeze_to_bn(n)
+    learn = trained(model=model).freeze_to_bn(n, throughout=False)
     learn.create_opt()
     for _ in range(2):
         body = Body(nn.Sequential(model[0]))
@@ -49,7 +49,7 @@ def test_a_group_of_norm_layers_follows_the_last_freeze_point_after_create_opt(n
 
 
 def test_what_another_callback_thaws_or_freezes_counts_from_the_next_epoch():
-    learn = trained().freeze_to_bn(-1)
+    learn = trained().freeze_to_bn(-1, throughout=False)
     body, seen = Body(learn.model[0]), []
     learn.add_cb(Recording(seen, body))
     learn.fit(3, cbs=[At('after_batch', lambda learn: learn.unfreeze(), 0), At('after_batch', lambda learn: learn.freeze(), 1)])

@@ -63,7 +63,7 @@ def test_body_keeps_its_mode_once_unfrozen(mode):
 def test_bn_above_is_for_all_others():
     learn = pretrained().freeze_to_bn(0, bn='affine-only', bn_above={'0.*': 'train', '*': 'stats-only'}, throughout=True)
     assert learn.bn_summary().df['mode'].tolist() == ['affine-only', 'affine-only', 'stats-only']
-    learn.freeze_to_bn(0, bn={'0.1': 'stats-only'}, bn_above='train')  # the rest of a dict for `bn` gets its default
+    learn.freeze_to_bn(0, bn={'0.1': 'stats-only'}, bn_above='train', throughout=True)  # the rest of a dict for `bn` gets its default
     assert learn.bn_summary().df['mode'].tolist() == ['stats-only', 'frozen', 'train']
 
 
@@ -290,3 +290,24 @@ def test_put_policy_uses_the_field():
 def test_layers_of_all_groups_but_the_last():
     model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(3)))
     assert pretrained_norms(model, [list(m.parameters()) for m in model]) == ['0.1', '1.1']
+
+
+@pytest.mark.parametrize(
+    'given,kept',
+    [({}, True), ({'bn': 'affine-only'}, True), ({'bn_above': 'train'}, False), ({'throughout': False}, False), ({'bn_above': 'train', 'throughout': True}, True)],
+    ids=str,
+)
+def test_what_freeze_to_bn_freezes_stays_so_unless_told_otherwise(given, kept):
+    learn = pretrained().freeze_to_bn(-1, **given)
+    learn.unfreeze()
+    modes = {m for n, m in modes_in_force(learn).items() if n.startswith('0.')}
+    assert modes == {given.get('bn', 'frozen') if kept else 'train'}
+
+
+def test_freezing_nothing_holds_nothing_and_a_mode_for_all_that_trains_wins():
+    learn = pretrained().freeze_to_bn(0)
+    assert {*modes_in_force(learn).values()} == {'train'}
+    learn = pretrained().freeze_to_bn(-1).freeze_to_bn(0)
+    assert {m for n, m in modes_in_force(learn).items() if n.startswith('0.')} == {'frozen'}
+    learn.freeze_to_bn(0, bn_above='affine-only')
+    assert {*modes_in_force(learn).values()} == {'affine-only'}
