@@ -203,7 +203,7 @@ def _candidates(trial:Learner, policies, current:Policy) -> dict: # Name to poli
 def _shift(trial:Learner) -> pd.DataFrame: # Of pretrained layers: a new head's statistics are far from any data
     layers = norm_layers(trial.model)
     names = [n for n in pretrained_layers(trial) if keeps_stats(layers[n])]
-    if not names: return pd.DataFrame(columns=['layer', 'mean_shift', 'log_var_ratio', 'kl'])
+    if not names: return pd.DataFrame(columns=['layer', 'mean_shift', 'log_var_ratio', 'kl', 'kl_median', 'dead'])
     return trial.bn_shift(n_batches=min(_SHIFT_BATCHES, n_batches(trial)[0])).query('layer in @names').reset_index(drop=True)
 
 # %% ../nbs/07b_find.ipynb #1989734e
