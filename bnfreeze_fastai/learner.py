@@ -216,7 +216,7 @@ def bn_shift(self:Learner,
     ds_idx:int=0, # Dataset of the Learner to take batches from
     dl:Iterable[Any]|None=None, # Loader to take them from instead
     n_batches:int|None=None, # Use so many; all if not given
-) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats); NaN where it cannot be measured
+) -> stats.BatchNormShift: # Columns `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl`, `kl_median` (nats), `dead`
     "How foreign data is to the network, layer by layer: how far its statistics are from those stored; changes nothing"
     return stats.bn_shift(self.model, n_batches=n_batches, **_batches(self, ds_idx, dl))
 

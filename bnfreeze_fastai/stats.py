@@ -10,8 +10,8 @@ Here this can be seen, and put right: snapshots and drift tell how far statistic
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Snapshot', 'snapshot', 'symmetric_kl', 'bn_drift', 'moved', 'layers_with_stats', 'bn_shift', 'Drift',
-           'recalibrate_bn', 'convert_bn']
+__all__ = ['Snapshot', 'snapshot', 'symmetric_kl', 'bn_drift', 'moved', 'layers_with_stats', 'BatchNormShift', 'bn_shift',
+           'Drift', 'recalibrate_bn', 'convert_bn']
 
 # %% ../nbs/02_stats.ipynb #e58cf9c5
 import warnings
@@ -64,11 +64,14 @@ def symmetric_kl(
 # %% ../nbs/02_stats.ipynb #86967e59
 _DISTANCES = ['mean_shift', 'log_var_ratio', 'kl']
 
-def _distances(new:Mapping[str, Tensor], old:Mapping[str, Tensor], eps:float) -> tuple[float, ...]:
-    "`_DISTANCES` between two sets of running statistics of a layer, averaged over its channels"
+def _by_channel(new:Mapping[str, Tensor], old:Mapping[str, Tensor], eps:float) -> tuple[Tensor, ...]: # Each of shape (channels,)
+    "`_DISTANCES` between two sets of running statistics of a layer"
     (mean,var),(mean0,var0) = ((s['running_mean'], s['running_var'].clamp_min(max(eps, 1e-30))) for s in (new, old))
-    per_channel = (mean-mean0).abs()/var0.sqrt(),(var/var0).log().abs(),symmetric_kl(mean, var, mean0, var0)
-    return tuple(d.mean().item() for d in per_channel)
+    return (mean-mean0).abs()/var0.sqrt(),(var/var0).log().abs(),symmetric_kl(mean, var, mean0, var0)
+
+def _distances(new:Mapping[str, Tensor], old:Mapping[str, Tensor], eps:float) -> tuple[float, ...]:
+    "The same, averaged over its channels"
+    return tuple(d.mean().item() for d in _by_channel(new, old, eps))
 
 def _comparable(new:Mapping[str, Tensor], old:Mapping[str, Tensor], half:str) -> bool:
     "Whether a layer has this half now and had it then, in the same shapes"
@@ -191,19 +194,54 @@ def _measure(model:nn.Module, batches:Iterable, chosen:Mapping[str, nn.Module], 
     return _Measured(found, count, why)
 
 # %% ../nbs/02_stats.ipynb #bc33e8db
+class BatchNormShift(pd.DataFrame):
+    "Shifts of data, one row per layer; where it is shown, a summary stands above it"
+    _metadata,_first = ['_first'],None # the model's first layer, by name; goes along with rows and columns, in whatever order
+
+    @property
+    def _constructor(self): return BatchNormShift
+
+    @property
+    def typical(self) -> float: # In nats; NaN if there is one layer only, or none that could be measured
+        "The median over layers, but for the first, of the median over channels: no few channels and no one layer can rule it"
+        return pd.Series(self.loc[self['layer'] != self._first, 'kl_median']).median()
+
+    @property
+    def summary(self) -> str:
+        "`typical` in a sentence, with what it leaves out"
+        if not {'layer', 'kl_median', 'dead'} <= {*self.columns} or self.empty: return ''
+        first = ''.join(f': {kl:.3g}' for kl in self.loc[self['layer'] == self._first, 'kl_median'])
+        return (f"Shift: {self.typical:.3g} nats (median over layers and channels, without the first layer{first}). Channels with next to "
+                f"no stored variance: {int(self['dead'].sum()) or 'none'}.")
+
+    def __repr__(self) -> str: return '\n'.join(t for t in (self.summary, super().__repr__()) if t)
+    def _repr_html_(self) -> str|None:
+        table = super()._repr_html_()
+        return table if table is None or not self.summary else f'<p>{self.summary}</p>{table}'
+
+def _median_and_dead(new:Mapping[str, Tensor]|None, old:Mapping[str, Tensor], eps:float) -> tuple[float, int]:
+    "The median divergence of the channels that are not dead (NaN without `new`, or if all are), and how many are"
+    dead = old['running_var'] < eps
+    alive = torch.empty(0) if new is None else _by_channel(new, old, eps)[2][~dead]
+    return alive.quantile(0.5).item() if len(alive) else float('nan'),int(dead.sum())
+
 def bn_shift(
     model:nn.Module, # Any model
     batches:Iterable[Any], # Tensors, or tuples with the model's inputs first; of training size
     n_batches:int|None=None, # Look at so many; all if not given
     n_inp:int|None=None, # How many elements of a tuple the model takes; all but the last if not given
     progress:bool=True, # Show a progress bar?
-) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats); NaN where it cannot be measured
+) -> BatchNormShift: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl`, `kl_median` (nats), `dead`; see above
     "How far the statistics of `batches` are from those stored, layer by layer; errors as for `recalibrate_bn`"
     chosen = layers_with_stats(model, '*')
     measured = _measure(model, batches, chosen, ByBatch, n_batches, n_inp, progress)
     for why in measured.why: warnings.warn(why, stacklevel=2)
     data = {n: dict(running_mean=m.mean, running_var=m.var) for n,m in measured.moments.items()}
-    return _compare(chosen, data, _stored(model))
+    stored = _stored(model)
+    robust = [_median_and_dead(data.get(n), stored[n], getattr(l, 'eps', 0.)) for n,l in chosen.items()]
+    shift = BatchNormShift(_compare(chosen, data, stored).assign(**dict(zip(('kl_median', 'dead'), map(list, zip(*robust))))))
+    shift._first = next(iter(chosen))
+    return shift
 
 # %% ../nbs/02_stats.ipynb #dde1d39a
 class _Settle(NamedTuple):

@@ -16,12 +16,14 @@ EXTERNAL = {  # what is left unknown by fastai and pandas, which have no `py.typ
     'BatchNormFreeze': UNKNOWN_BASE,
     'BatchNormFuse': UNKNOWN_BASE,
     'Drift': UNKNOWN_BASE,
+    'BatchNormShift': UNKNOWN_BASE,  # a DataFrame
     'ValidateLast': UNKNOWN_BASE,
     'BatchNormFreeze.order': ['Type unknown for variable "bnfreeze_fastai.callback.BatchNormFreeze.order"'],  # one more than fastai's
     'active_callback': [PARTLY],  # a fastai Callback
     'bn_compare': ['Type of parameter "policies" is partially unknown', PARTLY],  # functions of a Learner; has a DataFrame
     'bn_summary': [PARTLY],  # has a DataFrame
     'recalibrate_bn': [PARTLY],  # is a DataFrame
+    'bn_shift': [PARTLY],
     'bn_find': ['Type of parameter "policies" is partially unknown'],  # functions of a Learner
 }
 
