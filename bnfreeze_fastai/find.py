@@ -35,11 +35,13 @@ from .loaders import batch_size, check_loader, in_order, n_samples
 from .plots import plot_gains
 from .policy import frozen_groups
 from .restore import kept_rng, reseed
-from .rules import TRIED, Trial, expected_gains, phase_of, rule
+from .rules import TRIED, advantages, choose, expected_gains, phase_of, rule
 from .runs import n_batches, pretrained_layers, put_policy
 from .trials import compress_momentum, scores, short_fit, trial_copy
 
 # %% ../nbs/07b_find.ipynb #23ca940b
+_SHARE,_SHORTEST,_VALID = 0.4,4,500 # of the batches of one full run; batches of a trial; samples to validate on
+
 class _Run(NamedTuple):
     "The full run that a search is about"
     fit:str # Method that trains
@@ -50,6 +52,9 @@ class _Run(NamedTuple):
     bs:int # Samples in a training batch
     n_images:int # Training samples
     batches:int # Of all epochs
+
+    @property
+    def trial_batches(self) -> int: return int(_SHARE*self.batches/len(TRIED[self.phase]))
 
 def _rates(trial:Learner, fit:str, lr:float|slice|None, frozen:list[bool]) -> tuple[float, float]: # In the pretrained part, and of the head
     if fit == 'fine_tune': lr = slice(0.01) if len(frozen) == 1 else slice(1e-4, 0.01) # a hundredth, whatever the rate is
@@ -73,7 +78,7 @@ class Found(NamedTuple):
     high:float # Upper end
     by_rule:str # What the rule says without a look at the data
     why:str # What decided, in words
-    table:pd.DataFrame # One row per policy: `policy`, `by_rule`, `expected`, `low`, `high` (points), `loss`, `accuracy` (of its trial)
+    table:pd.DataFrame # One row per policy: `policy`, `alone`, `expected`, `low`, `high` (points), `loss`, `accuracy` (of its trial)
     seconds:float # That the search took
     full_seconds:float # That one full run of the slowest candidate would take, by the trials; NaN without trials
     freeze_to:int # Freeze point that the suggestion is for
@@ -101,12 +106,10 @@ class Found(NamedTuple):
         yield 'What each policy would gain',self.table
 
     def plot(self) -> Figure:
-        "What each policy is expected to gain, by the rule and with the trials"
+        "What each policy is expected to gain, without and with the trials"
         return plot_gains(self.table, self.suggestion).figure
 
 # %% ../nbs/07b_find.ipynb #57f70841
-_SHARE,_SHORTEST,_VALID = 0.4,4,500 # of the batches of one full run; batches of a trial; samples to validate on
-
 def _check_model(trial:Learner):
     layers = norm_layers(trial.model)
     if not bn_layers(trial.model): raise ValueError("There is nothing to choose: the model has no batch norm.")
@@ -133,7 +136,8 @@ def _why_no_gain(trial:Learner) -> str|None: # In words; `None` for a task that 
 # %% ../nbs/07b_find.ipynb #87ba7bf1
 class _Tried(NamedTuple):
     "A trial, and what it took"
-    scores:Trial
+    loss:float
+    accuracy:float # From 0 to 1
     train_seconds:float # Of its batches
     valid_seconds:float # Of its validation samples
 
@@ -146,32 +150,31 @@ def _try(learn:Learner, policy:str, run:_Run, n:int, folder:Path) -> _Tried:
     start = time.perf_counter()
     with trial.no_bar(), trial.no_logging(): short_fit(trial, run.fit, run.epochs, n, run.lr)
     trained = time.perf_counter()
-    found = Trial(*scores(trial, _valid(learn)))
-    return _Tried(found, trained-start, time.perf_counter()-trained)
+    return _Tried(*scores(trial, _valid(learn)), trained-start, time.perf_counter()-trained)
 
 def _trials(learn:Learner, run:_Run, folder:Path, show:bool) -> tuple[dict[str, _Tried], str]: # Trials by policy, and what decided, in words
-    names = TRIED[run.phase]
-    n = int(_SHARE*run.batches/len(names))
+    names,n = TRIED[run.phase],run.trial_batches
     if n < _SHORTEST: return {},f"The rule decided: a run of {run.batches} batches is too short to divide into trials."
     if show: print(f"{len(names)} trials of {n} batches, together about {_SHARE:.0%} of one full run of {run.batches} batches.")
     tried = {name: _try(learn, name, run, n, folder) for name in with_progress(names, None, show)}
-    if not any(np.isfinite(t.scores.loss) for t in tried.values()):
+    if not any(np.isfinite(t.loss) for t in tried.values()):
         raise RuntimeError("Every trial diverged: look at the loss on one batch, or give a smaller `lr`.")
     return tried,f"The rule, corrected by trials of {n} batches."
 
 # %% ../nbs/07b_find.ipynb #0f66f25c
-def _found(run:_Run, tried:dict[str, _Tried], why:str, seconds:float, n_valid:int, tells_gain:bool) -> Found:
-    table = expected_gains(run.phase, run.bs, run.n_images, {name: t.scores for name,t in tried.items()})
-    if not tells_gain: table[['by_rule', 'expected', 'low', 'high']] = nan
-    of_trials = pd.DataFrame([dict(policy=name, **t.scores._asdict()) for name,t in tried.items()], columns=['policy', *Trial._fields])
+def _full_seconds(run:_Run, tried:dict[str, _Tried], n:int, n_valid:int) -> float: # NaN without trials
+    of = lambda t: t.train_seconds*run.batches/n + t.valid_seconds*run.epochs*n_valid/min(n_valid, _VALID)
+    return max(map(of, tried.values()), default=nan)
+
+def _found(run:_Run, tried:dict[str, _Tried], why:str, seconds:float, full_seconds:float, tells_gain:bool) -> Found:
+    accuracies = {name: t.accuracy for name,t in tried.items()}
+    table = expected_gains(run.phase, run.bs, accuracies)
+    if not tells_gain: table[['alone', 'expected', 'low', 'high']] = nan
+    of_trials = pd.DataFrame([(name, t.loss, t.accuracy) for name,t in tried.items()], columns=['policy', 'loss', 'accuracy'])
     table = table.merge(of_trials, how='left', on='policy')
-    by_rule = rule(run.phase, run.bs)
-    best = table['policy'][0] if tried else by_rule
-    row = table.set_index('policy').loc[best]
-    told = (row['expected'], row['low'], row['high'])
-    n = _SHARE*run.batches/max(len(tried), 1)
-    full = max((t.train_seconds*run.batches/int(n) + t.valid_seconds*run.epochs*n_valid/min(n_valid, _VALID) for t in tried.values()), default=nan)
-    return Found(best, *told, by_rule, why, table, seconds, full, run.freeze_to)
+    best = choose(advantages(run.phase, run.bs, accuracies), run.phase, run.bs, accuracies)
+    gain = table.set_index('policy').loc[best, ['expected', 'low', 'high']]
+    return Found(best, *map(float, gain), rule(run.phase, run.bs), why, table, seconds, full_seconds, run.freeze_to)
 
 # %% ../nbs/07b_find.ipynb #1989734e
 @patch
@@ -195,6 +198,7 @@ def bn_find(self:Learner,
         run = _as_run(look, fit, int(epochs), lr)
         no_gain = _why_no_gain(look)
         tried,why = ({},f"The rule decided: {no_gain}") if no_gain else _trials(self, run, Path(folder), hasattr(self, 'progress'))
-    found = _found(run, tried, why, time.perf_counter()-start, n_samples(self.dls.valid), not no_gain)
+    full = _full_seconds(run, tried, run.trial_batches, n_samples(self.dls.valid))
+    found = _found(run, tried, why, time.perf_counter()-start, full, not no_gain)
     if plot: found.plot()
     return found

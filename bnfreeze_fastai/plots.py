@@ -84,18 +84,18 @@ def plot_score_curves(
 
 # %% ../nbs/05_plots.ipynb #ae7b1e26
 def plot_gains(
-    table:pd.DataFrame, # One row per policy: `policy`, `by_rule`, `expected`, `low`, `high`, in points
+    table:pd.DataFrame, # One row per policy: `policy`, `alone`, `expected`, `low`, `high`, in points
     best:str|None=None, # Policy to draw in bold
     ax:Axes|None=None, # Axes to draw into; made if not given
 ) -> Axes: # The axes drawn into
     "Expected gains over fastai's default with their intervals, the best on top"
-    _check(table, ('policy', 'by_rule', 'expected', 'low', 'high'), 'with one row per policy', ax)
+    _check(table, ('policy', 'alone', 'expected', 'low', 'high'), 'with one row per policy', ax)
     if ax is None: _,ax = plt.subplots(figsize=(6, 0.8+0.4*len(table)), layout='constrained')
     ax.axvline(0, color='grey', lw=1)
     for i,row in enumerate(table.itertuples()):
         bold = dict(color='C0', lw=4 if row.policy == best else 2)
         ax.plot([row.low, row.high], [i, i], solid_capstyle='round', **bold)
-        ax.plot(row.by_rule, i, 'o', color='grey', ms=7, label='by the rule' if i == 0 else None)
+        ax.plot(row.alone, i, 'o', color='grey', ms=7, label='without trials' if i == 0 else None)
         ax.plot(row.expected, i, 'o', color='C1', ms=6 if row.policy == best else 4, label='with the trials' if i == 0 else None)
     ax.set_yticks(range(len(table)), table['policy'])
     ax.invert_yaxis()

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['PHASES', 'SLOW', 'ENOUGH', 'ADVICE', 'TRIED', 'phase_of', 'rule', 'Trial', 'features', 'expected_gains']
+__all__ = ['PHASES', 'SLOW', 'ENOUGH', 'ADVICE', 'REFERENCE', 'BESIDE', 'TRIED', 'phase_of', 'rule', 'features', 'advantages',
+           'choose', 'expected_gains']
 
 # %% ../nbs/06c_rules.ipynb #e6eea0c0
 import json
 from collections.abc import Mapping
 from importlib.resources import files
 from math import log2
-from typing import NamedTuple
 
 import numpy as np, pandas as pd
 
@@ -40,40 +40,57 @@ def rule(
     return 'converted' if bs >= ENOUGH else 'stats-only'
 
 # %% ../nbs/06c_rules.ipynb #6917d8cd
-ADVICE = json.loads(files('bnfreeze_fastai').joinpath('advice.json').read_text(encoding='utf-8')) # phase to policy to its two fits
+ADVICE = json.loads(files('bnfreeze_fastai').joinpath('advice.json').read_text(encoding='utf-8'))
+REFERENCE = {'head': 'affine-only', 'fine_tune': 'affine-only', 'full': 'stats-only'}
+BESIDE = {**REFERENCE, 'full': 'fastai'} # which trial another is compared with
 TRIED = {'head': ('fastai', 'affine-only', 'converted'), 'fine_tune': ('fastai', 'affine-only', 'converted'), 'full': ('fastai', 'converted')}
-
-class Trial(NamedTuple):
-    "What a short run gave on validation samples"
-    loss:float
-    accuracy:float # A number from 0 to 1
+_MARGIN,_CLEAR = 0.02,0.1 # of accuracy: how far to be ahead of the rule; and in a trial, to count by itself
 
 def features(
+    phase:str, # One of `PHASES`
     bs:int, # Samples in a training batch
-    n_images:int, # Training images
-    trial:Trial|None=None, # Of a candidate
-    default:Trial|None=None, # Of fastai's default
-) -> np.ndarray: # Shape (3,), or (5,) with trials
-    "What the gain over fastai's default is a linear function of"
-    known = [1., np.clip(log2(bs/16), -2, 2), np.clip(log2(n_images/128), -2, 2)]
-    if trial is None or default is None: return np.array(known)
-    return np.array([*known, trial.accuracy-default.accuracy, np.tanh(trial.loss-default.loss)])
+    policy:str, # Name of a policy
+    trials:Mapping[str, float]|None=None, # Policy to the accuracy of its trial, from 0 to 1
+) -> np.ndarray: # Shape (2,), or (3,) if the policy was tried
+    "What the advantage of `policy` is a linear function of"
+    known = [1., np.clip(log2(bs/16), -2, 2)]
+    beside = BESIDE[phase]
+    tried = policy != beside and trials is not None and policy in trials and beside in trials
+    return np.array([*known, trials[policy]-trials[beside]] if tried else known)
+
+def advantages(
+    phase:str, # One of `PHASES`
+    bs:int, # Samples in a training batch
+    trials:Mapping[str, float]|None=None, # Policy to the accuracy of its trial, from 0 to 1
+    advice:Mapping=ADVICE, # Coefficients
+) -> dict[str, float]: # Policy to accuracy ahead of the reference; that of the reference is 0
+    "How far each policy is ahead of the reference of the phase, on data that nobody has seen"
+    def one(policy, fits):
+        x = features(phase, bs, policy, trials)
+        linear = float(np.dot(fits['tried' if len(x) == 3 else 'alone'], x))
+        return max(linear, float(x[2])/3) if len(x) == 3 and x[2] > _CLEAR else linear
+    return {REFERENCE[phase]: 0., **{p: one(p, fits) for p,fits in advice[phase]['advantage'].items()}}
+
+def choose(
+    ahead:Mapping[str, float], # From `advantages`
+    phase:str, # One of `PHASES`
+    bs:int, # Samples in a training batch
+    trials:Mapping[str, float], # Policies that were tried; without any, the rule decides
+) -> str: # Name of a policy
+    "The rule's policy, or one that is clearly ahead of it"
+    by_rule = rule(phase, bs)
+    best = max((p for p in ahead if p in trials or p in (by_rule, REFERENCE[phase])), key=lambda p: ahead[p])
+    return best if trials and ahead[best] - ahead[by_rule] > _MARGIN else by_rule
 
 def expected_gains(
     phase:str, # One of `PHASES`
     bs:int, # Samples in a training batch
-    n_images:int, # Training images
-    trials:Mapping[str, Trial]|None=None, # Name of each candidate that was tried, `'fastai'` among them, to its trial
-) -> pd.DataFrame: # `policy`, `by_rule` (gain in points), `expected` (with the trials), `low`, `high` (80% interval); the best first
-    "The gain of each policy over fastai's default, in points of accuracy, for data that nobody has seen"
-    trials = trials or {}
-    def row(policy, fits):
-        gain = lambda how,x: 100*float(np.dot(fits[how]['coefficients'], x))
-        prior = gain('rule', features(bs, n_images))
-        x = features(bs, n_images, trials.get(policy), trials.get('fastai'))
-        how = 'trials' if len(x) > 3 else 'rule'
-        mean,half = gain(how, x),100*fits[how]['half_width']
-        return dict(policy=policy, by_rule=prior, expected=mean, low=mean-half, high=mean+half)
-    rows = [row(*item) for item in ADVICE[phase].items()]
-    rows.append(dict(policy='fastai', by_rule=0., expected=0., low=0., high=0.))
-    return pd.DataFrame(rows).sort_values('expected', ascending=False, ignore_index=True)
+    trials:Mapping[str, float]|None=None, # Policy to the accuracy of its trial, from 0 to 1
+) -> pd.DataFrame: # `policy`, `alone` (without trials), `expected` (with them), `low`, `high` (80% interval), in points; the best first
+    "The gain of each policy over fastai's default"
+    alone,ahead = advantages(phase, bs),advantages(phase, bs, trials)
+    def row(policy):
+        gain = 100*(ahead[policy]-ahead['fastai'])
+        half = 100*ADVICE[phase]['half_width'].get(policy, {}).get('tried' if trials else 'alone', 0)
+        return dict(policy=policy, alone=100*(alone[policy]-alone['fastai']), expected=gain, low=gain-half, high=gain+half)
+    return pd.DataFrame([row(p) for p in ahead]).sort_values('expected', ascending=False, ignore_index=True)

@@ -1,96 +1,80 @@
-"""Which mode when? Every policy on real networks and images."""
+"""Which policy when, on real networks and images: `python -m experiments`, or `make experiments`.
 
-import argparse, json, platform, random, signal, sys, time, traceback, warnings
+Without arguments, one cell of each kind is run again, and compared with the rows in `rows.csv`. `--all --images DIR` runs every cell
+of the rows anew, from archives in DIR, and goes on where it was stopped; `--own FOLDER` runs the policies on images of your own."""
+
+import platform
+from argparse import ArgumentParser
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd, torch
-from joblib import Parallel, delayed
+from fastprogress.fastprogress import progress_bar
 
 from bnfreeze_fastai.compare import bn_compare
 
-from .grid import EPOCHS, FIT, POLICIES, RATES, get_learner
-from .measures import measures
+from .grid import EPOCHS, FITS, KEYS, POLICIES, get_learner, learning_rate
 
-NETWORKS = ('mobilenet_v2', 'efficientnet_lite0')
-DATA = {'bccd_cells': 64, 'fashion_mnist': 64, 'ants_bees_160': 96, 'traffic_signs_32': 64, 'digits': 64,
-        'bccd_cells+faded': 64, 'ants_bees_160+blurred': 96, 'traffic_signs_32+warm': 64}
-PAIRS = [(n, bs) for n in (32, 128, 512) for bs in (4, 16, 32)]
-KEYS = ['network', 'data', 'size', 'n_images', 'bs', 'trains', 'rate']
+HERE = Path(__file__).parent
+ROWS = HERE / 'rows.csv'
+TOLERANCE = 0.05  # in accuracy, for another processor's rounding
+CHECKED = [('mobilenet_v2', 'digits', 64, 32, 16, trains, 1) for trains in ('head', 'fine_tune', 'full')]
 
 
-def cells():
-    rng = random.Random(0)
-    res = []
-    for turn in range(3):
-        for network in NETWORKS:
-            for trains in FIT:
-                pairs = rng.sample(PAIRS, len(PAIRS))
-                for data, size in DATA.items():
-                    fits = lambda p: not ('ants' in data and p[0] == 512 or 'signs' in data and p[0] == 32)
-                    pair = next(p for p in pairs if fits(p))
-                    pairs.remove(pair)
-                    rate = 1 if turn == 0 else rng.choice([1, 1, 3, 1 / 3])
-                    res.append(dict(zip(KEYS, (network, data, size, *pair, trains, round(rate, 3)))))
-                    if not any(fits(p) for p in pairs): pairs = rng.sample(PAIRS, len(PAIRS))
-    seen = []
-    for turn in range(3):
-        part = res[turn * len(res) // 3:(turn + 1) * len(res) // 3]
-        rng.shuffle(part)
-        seen += [c for c in part if c not in seen]
-    return seen
+def path_of(data, folder):
+    "`digits`, or the archive or folder of that name in `folder`; with the shift after a plus"
+    name, plus, shift = data.partition('+')
+    found = [p for p in (Path(folder) / f'{name}.zip', Path(folder) / name) if p.exists()]
+    if name != 'digits' and not found:
+        raise FileNotFoundError(f'There is no {name} or {name}.zip in {folder}: see the page "Which mode when?" for where the images are from.')
+    return (name if name == 'digits' else str(found[0])) + plus + shift
 
 
-def name_of(cell): return '-'.join(str(v) for v in cell.values()).replace('+', '_')
+def run_cell(cell, policies, seeds, options, results=None):
+    "The last epoch of every run of a cell"
+    how = {k: cell[k] for k in KEYS[:5]} | dict(data=path_of(cell['data'], options.images), weights=options.weights, device=options.device)
+    fit, freeze_to, _ = FITS[cell['trains']]
+    train = dict(epochs=EPOCHS[cell['n_images']], fit=fit, freeze_to=freeze_to, lr=learning_rate(cell['trains'], cell['rate']))
+    runs = bn_compare(partial(get_learner, **how), {p: POLICIES[p] for p in policies}, seeds=seeds, results=results, settings=cell, **train)
+    return runs.final.assign(**cell, machine=f'{options.device}, {platform.machine()}', torch=torch.__version__)
 
 
-def run_cell(cell, images, out, device, seeds, deadline):
-    warnings.filterwarnings('ignore')
-    left = deadline - time.time()
-    if left < 8: return 0
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.alarm(int(left))
-    start = time.time()
-    path = cell['data'] if cell['data'].startswith('digits') else str(Path(images) / cell['data'].replace('+', '.zip+') if '+' in cell['data'] else Path(images) / f"{cell['data']}.zip")
-    how = dict(cell, data=path); rate = how.pop('rate')
-    get = partial(get_learner, device=device, **how)
-    fit, freeze_to = FIT[cell['trains']]
-    try:
-        part = Path(out) / f'{name_of(cell)}.csv'
-        with open(part.with_suffix('.log'), 'w') as log:
-            sys.stdout = log
-            for seed in range(seeds):
-                m = part.with_name(f'{name_of(cell)}-{seed}.measures')
-                if not m.exists():
-                    learn = get(seed)
-                    learn.model.to(device)
-                    t = time.time()
-                    x, y = learn.all_train; vx, vy = learn.all_valid
-                    found = measures(learn, x.to(device), y, vx.to(device), vy, cell['bs'])
-                    m.write_text(json.dumps(dict(cell, seed=seed, **found, seconds=time.time()-t)))
-            compared = bn_compare(get, POLICIES[cell['trains']], EPOCHS[cell['n_images']], seeds, fit, freeze_to, RATES[cell['trains']] * rate, results=part,
-                                  settings=cell)
-    except KeyboardInterrupt: pass
-    except BaseException: (Path(out) / f'{name_of(cell)}.err').write_text(traceback.format_exc())
-    finally:
-        signal.alarm(0)
-        sys.stdout = sys.__stdout__
-    return time.time() - start
+def check(options):
+    "Run one cell of each kind again"
+    rows = pd.read_csv(ROWS).set_index(KEYS)
+    for key in CHECKED:
+        old = rows.loc[[key]].query('seed == 0').set_index('policy')['accuracy']
+        new = run_cell(dict(zip(KEYS, key)), list(old.index), [0], options).set_index('policy')['accuracy']
+        print(f'\n{dict(zip(KEYS, key))}\n{pd.DataFrame(dict(rows=old, now=new)).round(3).to_string()}')
+        if far := [p for p in old.index if abs(old[p] - new[p]) > TOLERANCE]:
+            raise SystemExit(f'{far} differ from the rows by more than {TOLERANCE}.')
+
+
+def run_all(options):
+    "Every cell of the rows anew, each in a file of its own"
+    for key, part in progress_bar(list(pd.read_csv(ROWS).groupby(KEYS, sort=False))):
+        name = '-'.join(map(str, key)).replace('+', '-')
+        run_cell(dict(zip(KEYS, key)), part['policy'].unique(), sorted(part['seed'].unique().tolist()), options, HERE / 'parts' / f'{name}.csv')
+
+
+def own(options):
+    "What the rule is about, on a folder of images with a folder for each class"
+    options.images, name = Path(options.own).parent, Path(options.own).name
+    for trains, policies in {'fine_tune': ('fastai', 'affine-only', 'converted'), 'full': ('fastai', 'stats-only', 'converted')}.items():
+        cell = dict(zip(KEYS, (options.network, name, 64, 128, 16, trains, 1)))
+        print(trains, run_cell(cell, policies, 2, options).groupby('policy')['accuracy'].mean().round(3).to_dict())
 
 
 def main():
-    p = argparse.ArgumentParser()
-    p.add_argument('--images', default='../shared/real'); p.add_argument('--out', default='experiments/parts'); p.add_argument('--device', default='cpu')
-    p.add_argument('--jobs', type=int, default=1); p.add_argument('--seconds', type=float, default=1e9); p.add_argument('--seeds', type=int, default=2)
-    p.add_argument('--first', type=int, default=0); p.add_argument('--last', type=int, default=10_000); p.add_argument('--where', default=None)
-    a = p.parse_args()
-    deadline = time.time() + a.seconds
-    Path(a.out).mkdir(parents=True, exist_ok=True)
-    todo = cells()[a.first:a.last]
-    if a.where: todo = [c for c in todo if eval(a.where, {}, c)]
-    took = Parallel(n_jobs=a.jobs)(delayed(run_cell)(c, a.images, a.out, a.device, a.seeds, deadline) for c in todo)
-    print(len(todo), 'cells', sum(took), 'seconds of processes')
+    parser = ArgumentParser(prog='python -m experiments', description=__doc__)
+    parser.add_argument('--all', action='store_true', help='run every cell of the rows anew')
+    parser.add_argument('--images', default='.', help='folder of the archives or folders of images')
+    parser.add_argument('--weights', help='file of the CIFAR-10 ResNet-20')
+    parser.add_argument('--own', help='a folder of images of your own, with `train` and `valid`')
+    parser.add_argument('--network', default='mobilenet_v2', help='for --own')
+    parser.add_argument('--device', default='cpu')
+    options = parser.parse_args()
+    (run_all if options.all else own if options.own else check)(options)
 
 
 if __name__ == '__main__':

@@ -1,131 +1,98 @@
-"The grid: cells, policies, and one cell's runs"
-
-import os, platform, warnings
-from itertools import product
-from pathlib import Path
-from math import ceil
+"How one cell of the grid is trained: its Learner, its fit, and its policies"
 
 import torch
-from bnfreeze_fastai.callback import BatchNormFreeze
-from bnfreeze_fastai.compare import bn_compare
-from bnfreeze_fastai.digits import ValidateLast
-from bnfreeze_fastai.policy import Policy
-from bnfreeze_fastai.restore import reseed
-from bnfreeze_fastai.runs import put_policy
-from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.learner import ValueMetric
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import params
 
+from bnfreeze_fastai.callback import BatchNormFreeze
+from bnfreeze_fastai.digits import ValidateLast
+from bnfreeze_fastai.policy import Policy
+from bnfreeze_fastai.restore import reseed
+from bnfreeze_fastai.runs import put_policy
+
 from .images import read_images, split
 from .networks import make_network
 
-EPOCHS = {32: 20, 128: 10, 512: 5}
-RATES = {'head': 1e-3, 'fine_tune': 2e-3, 'full': 1e-3}  # fastai's defaults
-FIT = {'head': ('fit_one_cycle', -1), 'fine_tune': ('fine_tune', -1), 'full': ('fit_one_cycle', 0)}
+KEYS = ['network', 'data', 'size', 'n_images', 'bs', 'trains', 'rate']  # of a cell
+EPOCHS = {32: 20, 128: 10, 512: 5}  # by training images
+FITS = {  # method, freeze point, fastai's learning rate
+    'head': ('fit_one_cycle', -1, 1e-3),
+    'fine_tune': ('fine_tune', -1, 2e-3),
+    'slice': ('fit_one_cycle', 0, 1e-3),
+    'full': ('fit_one_cycle', 0, 1e-3),
+}
 
 
-class Peek(Callback):
-    "Loss and accuracy on some validation images at a tenth and a quarter of the run: what a trial stopped there would see"
-    order = 65  # after the schedule's callbacks
-
-    def __init__(self, total):
-        self.at = {ceil(f * total): k for k, f in (('10', 0.1), ('25', 0.25))}
-        self.done, self.seen, self.losses = 0, {}, []
-
-    def metrics(self):
-        return [ValueMetric(lambda k=k: self.seen.get(k), f'peek_{k}') for k in ('loss10', 'acc10', 'loss25', 'acc25', 'train10', 'train25')]
-
-    def after_batch(self):
-        if not self.training:
-            return
-        self.losses.append(self.learn.loss.detach())
-        self.done += 1
-        if (k := self.at.get(self.done)) is None:
-            return
-        model, (x, y) = self.learn.model, self.learn.peek_batch
-        model.eval()
-        with torch.no_grad():
-            out = torch.cat([model(part) for part in x.split(64)])
-        model.train()
-        self.seen[f'loss{k}'] = torch.nn.functional.cross_entropy(out, y).item()
-        self.seen[f'acc{k}'] = (out.argmax(1) == y).float().mean().item()
-        self.seen[f'train{k}'] = torch.stack(self.losses[-max(2, self.done // 3):]).mean().item()
+def learning_rate(trains, rate):
+    "`rate` times fastai's; for `slice`, a hundredth of that in the pretrained part, as `fine_tune` has it"
+    lr = FITS[trains][2] * rate
+    return slice(lr / 100, lr) if trains == 'slice' else lr
 
 
-def get_learner(seed, network, data, size, n_images, bs, trains, device, file=None):
+def get_learner(seed, network, data, size, n_images, bs, weights=None, device='cpu'):
     "A Learner on `n_images` images that `seed` draws, with a head that it draws too"
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # so that the results do not depend on the machine's number of cores
     images = read_images(data, size)
-    train, valid = split(images, n_images, seed)
     n_classes = int(images.y.max()) + 1
-    make_network(network, n_classes, file)  # reads the weights, which draws random numbers
+    make_network(network, n_classes, weights)  # reads the weights, which draws random numbers
     reseed(seed)
-    model, (mean, std) = make_network(network, n_classes, file)
+    model, (mean, std) = make_network(network, n_classes, weights)
     mean, std = (torch.tensor(t).view(3, 1, 1) for t in (mean, std))
-    dset = lambda part: [((images.x[i] / 255 - mean) / std, images.y[i]) for i in part]
-    train, valid = dset(train), dset(valid)
-    loaders = [TfmdDL(train, bs=bs, shuffle=True, drop_last=True, num_workers=0), TfmdDL(valid, bs=125, num_workers=0)]
+    train, valid = ([((images.x[i] / 255 - mean) / std, images.y[i]) for i in part] for part in split(images, n_images, seed))
+    loaders = TfmdDL(train, bs=bs, shuffle=True, drop_last=True, num_workers=0), TfmdDL(valid, bs=125, num_workers=0)
     dls = DataLoaders(*loaders, device=torch.device(device))
-    total = len(loaders[0]) * (EPOCHS[n_images] + (trains == 'fine_tune'))
-    peek = Peek(total)
-    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=[accuracy, *peek.metrics()],
-                    splitter=lambda m: [params(m[0]), params(m[1])], cbs=[ValidateLast(), peek, BatchNormFreeze(verify=False)])  # fmt: skip
-    at = torch.randperm(len(valid), generator=torch.Generator().manual_seed(seed))[:250]
-    learn.peek_batch = torch.stack([valid[i][0] for i in at]).to(device), torch.stack([valid[i][1] for i in at]).to(device)
-    learn.all_train = torch.stack([x for x, _ in train]), torch.stack([y for _, y in train])
-    learn.all_valid = torch.stack([x for x, _ in valid]), torch.stack([y for _, y in valid])
-    return learn
+    halves = lambda m: [params(m[0]), params(m[1])]
+    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=halves, cbs=[ValidateLast(), BatchNormFreeze(verify=False)])
 
 
-def _all_at_once(learn):
-    return [tuple(t.to(learn.dls.device) for t in learn.all_train)]
-
-
-def _throughout(learn, mode, n):
+def _then_affine_only(learn, change):
+    "`change` the statistics of the body, and hold them throughout with weight and bias training"
+    n = learn.opt.frozen_idx
+    change(learn)
     learn.add_cb(BatchNormFreeze(verify=False))
-    put_policy(learn, mode, n)
+    put_policy(learn, 'affine-only', n)
 
 
-def converted(learn):
-    learn.recalibrate_bn(layers='0.*', method='sequential', preserve=True)
+def _batch(learn):
+    "All training images as one batch: what it gives one layer after another is exact"
+    return [tuple(torch.stack(part).to(learn.dls.device) for part in zip(*learn.dls.train.dataset))]
+
+
+def _first(learn):
+    name = next(n for n, layer in learn.model.named_modules() if isinstance(layer, torch.nn.BatchNorm2d))
+    learn.recalibrate_bn(dl=_batch(learn), layers=name)
 
 
 def converted_affine_only(learn):
-    n = learn.opt.frozen_idx
-    converted(learn)
-    _throughout(learn, 'affine-only', n)
+    _then_affine_only(learn, lambda learn: learn.recalibrate_bn(layers='0.*', method='sequential', preserve=True))
 
 
-def means(learn):
-    n = learn.opt.frozen_idx
-    learn.recalibrate_bn(dl=_all_at_once(learn), layers='0.*', stats='mean')
-    _throughout(learn, 'affine-only', n)
+def means_affine_only(learn):
+    _then_affine_only(learn, lambda learn: learn.recalibrate_bn(dl=_batch(learn), layers='0.*', stats='mean'))
 
 
-def first(learn):
-    n = learn.opt.frozen_idx
-    name = next(n for n, l in learn.model.named_modules() if isinstance(l, torch.nn.BatchNorm2d))
-    learn.recalibrate_bn(dl=_all_at_once(learn), layers=name)
-    _throughout(learn, 'affine-only', n)
+def first_affine_only(learn):
+    _then_affine_only(learn, _first)
 
 
 def fixed_at_half(learn):
-    learn.add_cb(BatchNormFreeze('train', 'train', verify=False, schedule={0.5: dict(bn='affine-only', bn_above={'0.*': 'affine-only', '*': 'train'})}))
+    half = {0.5: dict(bn='affine-only', bn_above={'0.*': 'affine-only', '*': 'train'})}
+    learn.add_cb(BatchNormFreeze('train', 'train', verify=False, schedule=half))
 
 
 def converted_fixed_at_half(learn):
-    converted(learn)
+    learn.recalibrate_bn(layers='0.*', method='sequential', preserve=True)
     fixed_at_half(learn)
 
 
-FIXED = {'stats-only': 'stats-only', 'affine-only': 'affine-only', 'frozen': 'frozen'}
-CONVERTED = {'converted': converted, 'converted, affine-only': converted_affine_only}
-POLICIES = {
-    'head': {'fastai': 'fastai', **FIXED, **CONVERTED, 'means, affine-only': means, 'first, affine-only': first},
-    'fine_tune': {'fastai': 'fastai', **FIXED, 'frozen, then train': Policy('frozen', 'train'), **CONVERTED},
-    'full': {'fastai': 'fastai', **FIXED, **CONVERTED, 'fixed at half': fixed_at_half, 'converted, fixed at half': converted_fixed_at_half},
-}  # fmt: skip
+POLICIES = {name: name for name in ('fastai', 'train', 'stats-only', 'affine-only', 'frozen', 'converted')} | {
+    'frozen, then train': Policy('frozen', 'train'),
+    'converted, affine-only': converted_affine_only,
+    'means, affine-only': means_affine_only,
+    'first, affine-only': first_affine_only,
+    'fixed at half': fixed_at_half,
+    'converted, fixed at half': converted_fixed_at_half,
+}
