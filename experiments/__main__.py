@@ -26,7 +26,9 @@ def path_of(data, folder):
     name, plus, shift = data.partition('+')
     found = [p for p in (Path(folder) / f'{name}.zip', Path(folder) / name) if p.exists()]
     if name != 'digits' and not found:
-        raise FileNotFoundError(f'There is no {name} or {name}.zip in {folder}: see the page "Which mode when?" for where the images are from.')
+        raise FileNotFoundError(
+            f'There is no {name} or {name}.zip in {folder}: see the page "Which mode when?" for where the images are from.'
+        )
     return (name if name == 'digits' else str(found[0])) + plus + shift
 
 
@@ -54,7 +56,9 @@ def run_all(options):
     "Every cell of the rows anew, each in a file of its own"
     for key, part in progress_bar(list(pd.read_csv(ROWS).groupby(KEYS, sort=False))):
         name = '-'.join(map(str, key)).replace('+', '-')
-        run_cell(dict(zip(KEYS, key)), part['policy'].unique(), sorted(part['seed'].unique().tolist()), options, HERE / 'parts' / f'{name}.csv')
+        run_cell(
+            dict(zip(KEYS, key)), part['policy'].unique(), sorted(part['seed'].unique().tolist()), options, HERE / 'parts' / f'{name}.csv'
+        )
 
 
 def own(options):

@@ -90,6 +90,7 @@ def _half_widths(part, phase, said):
 
 def suggestions(df, advice):
     "What `bn_find` would say of each run: `policy`, `gain` and `half_width`, in points"
+
     def one(run):
         ahead = advantages(run['phase'], run['bs'], run['trials'], advice)
         policy = choose(ahead, run['phase'], run['bs'], run['trials'])

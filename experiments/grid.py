@@ -45,7 +45,9 @@ def get_learner(seed, network, data, size, n_images, bs, weights=None, device='c
     loaders = TfmdDL(train, bs=bs, shuffle=True, drop_last=True, num_workers=0), TfmdDL(valid, bs=125, num_workers=0)
     dls = DataLoaders(*loaders, device=torch.device(device))
     halves = lambda m: [params(m[0]), params(m[1])]
-    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=halves, cbs=[ValidateLast(), BatchNormFreeze(verify=False)])
+    return Learner(
+        dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=halves, cbs=[ValidateLast(), BatchNormFreeze(verify=False)]
+    )
 
 
 def _then_affine_only(learn, change):

@@ -36,7 +36,9 @@ def _read(path, size):
     "A folder `train|valid/<class>/*`, possibly within another one"
     files = _files(path)
     if not files:
-        raise ValueError(f'{path} holds no images: give a folder or a zip file with `train` and `valid`, each with a folder for each class.')
+        raise ValueError(
+            f'{path} holds no images: give a folder or a zip file with `train` and `valid`, each with a folder for each class.'
+        )
     classes = sorted({name.parent.name for name, _ in files})
     load = lambda f: np.asarray(Image.open(f).convert('RGB').resize((size, size), Image.Resampling.BILINEAR))
     x = torch.tensor(np.stack([load(f()) for _, f in files])).permute(0, 3, 1, 2)
