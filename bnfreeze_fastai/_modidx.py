@@ -404,6 +404,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'bnfreeze_fastai.find._Run.trial_batches': ( 'find.html#_run.trial_batches',
                                                                                    'bnfreeze_fastai/find.py'),
                                       'bnfreeze_fastai.find._Tried': ('find.html#_tried', 'bnfreeze_fastai/find.py'),
+                                      'bnfreeze_fastai.find._announce': ('find.html#_announce', 'bnfreeze_fastai/find.py'),
                                       'bnfreeze_fastai.find._as_run': ('find.html#_as_run', 'bnfreeze_fastai/find.py'),
                                       'bnfreeze_fastai.find._check_loaders': ('find.html#_check_loaders', 'bnfreeze_fastai/find.py'),
                                       'bnfreeze_fastai.find._check_model': ('find.html#_check_model', 'bnfreeze_fastai/find.py'),

@@ -86,7 +86,8 @@ class Found(NamedTuple):
     def _words(self) -> str:
         gain = f" Expected gain over fastai's default: {self.gain:.1f} points of accuracy (80%: {self.low:.1f} to {self.high:.1f})."
         rule = 'as the rule says' if self.suggestion == self.by_rule else f'where the rule says {self.by_rule!r}'
-        cost = '' if np.isnan(self.full_seconds) else f', {self.seconds/self.full_seconds:.0%} of one full run (about {self.full_seconds:.0f} s)'
+        part = f', {self.seconds/self.full_seconds:.0%} of one full run (about {self.full_seconds:.0f} s)'
+        cost = '' if np.isnan(self.full_seconds) else part
         return (f"Suggestion: {self.suggestion!r}, {rule}.{'' if np.isnan(self.gain) else gain} {self.why} "
                 f"It took {self.seconds:.0f} s{cost}. To set it: found.apply(learn).")
 
@@ -152,10 +153,18 @@ def _try(learn:Learner, policy:str, run:_Run, n:int, folder:Path) -> _Tried:
     trained = time.perf_counter()
     return _Tried(*scores(trial, _valid(learn)), trained-start, time.perf_counter()-trained)
 
-def _trials(learn:Learner, run:_Run, folder:Path, show:bool) -> tuple[dict[str, _Tried], str]: # Trials by policy, and what decided, in words
+def _announce(look:Learner, run:_Run, n:int):
+    "Say what the trials will take, by two batches on a copy that nobody needs any more"
+    start = time.perf_counter()
+    with look.no_bar(), look.no_logging(): short_fit(look, 'fit', 1, 2, run.lr)
+    seconds = (time.perf_counter()-start)/2 * n*len(TRIED[run.phase])
+    print(f"{len(TRIED[run.phase])} trials of {n} batches, {_SHARE:.0%} of the batches of one full run: about {seconds:.0f} s, and what "
+          "validation takes.")
+
+def _trials(learn:Learner, look:Learner, run:_Run, folder:Path, show:bool) -> tuple[dict[str, _Tried], str]: # By policy, and what decided
     names,n = TRIED[run.phase],run.trial_batches
     if n < _SHORTEST: return {},f"The rule decided: a run of {run.batches} batches is too short to divide into trials."
-    if show: print(f"{len(names)} trials of {n} batches, together about {_SHARE:.0%} of one full run of {run.batches} batches.")
+    if show: _announce(look, run, n)
     tried = {name: _try(learn, name, run, n, folder) for name in with_progress(names, None, show)}
     if not any(np.isfinite(t.loss) for t in tried.values()):
         raise RuntimeError("Every trial diverged: look at the loss on one batch, or give a smaller `lr`.")
@@ -187,8 +196,8 @@ def bn_find(self:Learner,
     "Which batch norm policy suits the data: the rule, corrected by short trials on copies of the Learner, which stays as it is"
     start = time.perf_counter()
     refuse_setting(self)
-    if not isinstance(fit, str): raise ValueError(f"`fit` is the name of a method that trains, not {fit!r:.60}: for a function of your own, "
-                                                  "see `bn_compare`.")
+    if not isinstance(fit, str):
+        raise ValueError(f"`fit` is the name of a method that trains, not {fit!r:.60}: for a function of your own, see `bn_compare`.")
     check_training(epochs, fit, -1, lr)
     _check_loaders(self)
     n_batches(self)
@@ -197,7 +206,7 @@ def bn_find(self:Learner,
         _check_model(look)
         run = _as_run(look, fit, int(epochs), lr)
         no_gain = _why_no_gain(look)
-        tried,why = ({},f"The rule decided: {no_gain}") if no_gain else _trials(self, run, Path(folder), hasattr(self, 'progress'))
+        tried,why = ({},f"The rule decided: {no_gain}") if no_gain else _trials(self, look, run, Path(folder), hasattr(self, 'progress'))
     full = _full_seconds(run, tried, run.trial_batches, n_samples(self.dls.valid))
     found = _found(run, tried, why, time.perf_counter()-start, full, not no_gain)
     if plot: found.plot()

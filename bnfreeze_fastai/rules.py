@@ -18,7 +18,7 @@ from math import log2
 import numpy as np, pandas as pd
 
 # %% ../nbs/06c_rules.ipynb #5a8debd7
-PHASES = ('head', 'fine_tune', 'full') # only the head trains; the pretrained part at a small part of the head's rate; at one like the head's
+PHASES = ('head', 'fine_tune', 'full') # the pretrained part: frozen; trains far slower than the head; at a rate like the head's
 SLOW = 1/30 # of the head's learning rate: a pretrained part that trains slower counts as `'fine_tune'`
 ENOUGH = 16 # samples in a batch, for statistics of its own
 
@@ -43,7 +43,7 @@ def rule(
 ADVICE = json.loads(files('bnfreeze_fastai').joinpath('advice.json').read_text(encoding='utf-8'))
 REFERENCE = {'head': 'affine-only', 'fine_tune': 'affine-only', 'full': 'stats-only'}
 BESIDE = {**REFERENCE, 'full': 'fastai'} # which trial another is compared with
-TRIED = {'head': ('fastai', 'affine-only', 'converted'), 'fine_tune': ('fastai', 'affine-only', 'converted'), 'full': ('fastai', 'converted')}
+TRIED = {'head': (_THREE := ('fastai', 'affine-only', 'converted')), 'fine_tune': _THREE, 'full': ('fastai', 'converted')}
 _MARGIN,_CLEAR = 0.02,0.1 # of accuracy: how far to be ahead of the rule; and in a trial, to count by itself
 
 def features(
