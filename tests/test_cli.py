@@ -151,7 +151,9 @@ def test_find(pets):
     assert 'Suggestion' in res.stdout and 'Suggestion' in Path('found/report.md').read_text()
     gains = pd.read_csv('found/gains.csv')
     assert 'fastai' in set(gains['policy']) and (gains['loss'].notna().sum(), len(gains)) == (3, len(gains))
-    assert {'fit': 'fit_one_cycle', 'epochs': 10, 'arch': 'own.py:net'}.items() <= json.loads(Path('found/settings.json').read_text()).items()
+    assert {'fit': 'fit_one_cycle', 'epochs': 10, 'arch': 'own.py:net'}.items() <= json.loads(
+        Path('found/settings.json').read_text()
+    ).items()
 
 
 @pytest.mark.parametrize('arch', ['resnet18', 'mobilenetv3_small_050'])

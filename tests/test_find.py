@@ -190,7 +190,11 @@ def test_with_any_optimizer_loss_and_splitter(kwargs):
     assert not everything.changed() and found.suggestion in {*found.table['policy']}
 
 
-RATES = {'head': [(-1, None), (-1, 0.1)], 'fine_tune': [(0, slice(1e-4, 1e-2))], 'full': [(0, 0.1), (0, slice(1e-2)), (0, slice(1e-3, 1e-2))]}
+RATES = {
+    'head': [(-1, None), (-1, 0.1)],
+    'fine_tune': [(0, slice(1e-4, 1e-2))],
+    'full': [(0, 0.1), (0, slice(1e-2)), (0, slice(1e-3, 1e-2))],
+}
 
 
 @pytest.mark.parametrize('phase,n,lr', [(phase, *how) for phase, ways in RATES.items() for how in ways])
@@ -326,7 +330,9 @@ def test_trials_do_not_depend_on_the_policy_that_the_learner_had():
     assert tables[0].equals(tables[1])
 
 
-@pytest.mark.parametrize('suggestion,modes', [('fastai', None), ('affine-only', 'affine-only'), ('frozen', 'frozen'), ('converted', 'train')])
+@pytest.mark.parametrize(
+    'suggestion,modes', [('fastai', None), ('affine-only', 'affine-only'), ('frozen', 'frozen'), ('converted', 'train')]
+)
 def test_what_is_found_is_applied_and_holds_once_unfrozen(suggestion, modes):
     learn = planted(0)
     found = find(learn)._replace(suggestion=suggestion)
@@ -422,7 +428,11 @@ def test_other_tasks_than_classes_follow_the_rule_and_promise_no_gain(task):
     learn.freeze()
     everything = Everything(learn)
     found = find(learn)
-    assert found.suggestion == found.by_rule and 'one class for each sample' in found.why and np.isnan([found.gain, found.low, found.high]).all()
+    assert (
+        found.suggestion == found.by_rule
+        and 'one class for each sample' in found.why
+        and np.isnan([found.gain, found.low, found.high]).all()
+    )
     assert not everything.changed() and 'points' not in repr(found).split('To set it')[0]
 
 

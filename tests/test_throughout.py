@@ -294,7 +294,13 @@ def test_layers_of_all_groups_but_the_last():
 
 @pytest.mark.parametrize(
     'given,kept',
-    [({}, True), ({'bn': 'affine-only'}, True), ({'bn_above': 'train'}, False), ({'throughout': False}, False), ({'bn_above': 'train', 'throughout': True}, True)],
+    [
+        ({}, True),
+        ({'bn': 'affine-only'}, True),
+        ({'bn_above': 'train'}, False),
+        ({'throughout': False}, False),
+        ({'bn_above': 'train', 'throughout': True}, True),
+    ],
     ids=str,
 )
 def test_what_freeze_to_bn_freezes_stays_so_unless_told_otherwise(given, kept):
