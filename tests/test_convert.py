@@ -223,21 +223,3 @@ def test_what_cannot_be_converted_is_said_before_the_first_run():
 
     with pytest.raises(ValueError, match='weight and bias'):
         bn_compare(get_learner, ['train', 'converted'], 1, [0], 'fit', 0)
-
-
-def test_found_among_candidates_and_told_in_the_cost():
-    from test_find import find, make
-
-    learn = make()
-    with torch.no_grad():
-        learn.model[0][1].running_mean.add_(1)
-    learn.freeze_to_bn(-1)
-    before = bits(learn.model.state_dict().values())
-    plain, found = find(learn, policies=['train', 'frozen']), find(learn, policies=['converted', 'frozen'])
-    assert set(found.evidence['candidate']) == {'converted', 'frozen'} and same(before, learn.model.state_dict().values())
-    full = 2 * 5 * (len(learn.dls.train) + len(learn.dls.valid))
-    assert found.cost - plain.cost == pytest.approx(len(learn.dls.train) / full)
-    assert (
-        found.trials.query("candidate == 'converted'")['valid_loss'].tolist()
-        != plain.trials.query("candidate == 'train'")['valid_loss'].tolist()
-    )

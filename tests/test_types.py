@@ -23,8 +23,8 @@ EXTERNAL = {  # what is left unknown by fastai and pandas, which have no `py.typ
     'bn_compare': ['Type of parameter "policies" is partially unknown', PARTLY],  # functions of a Learner; has a DataFrame
     'bn_summary': [PARTLY],  # has a DataFrame
     'recalibrate_bn': [PARTLY],  # is a DataFrame
+    'convert_bn': [PARTLY],
     'bn_shift': [PARTLY],
-    'bn_find': ['Type of parameter "policies" is partially unknown'],  # functions of a Learner
 }
 
 

@@ -90,7 +90,7 @@ def statistics(model: nn.Module, batches: list[tuple[Tensor, Tensor]], loader: t
     assert_type(symmetric_kl(x, x, x, x), Tensor)
     bn_drift(model)  # reportCallIssue
     bn_drift(model, bn_drift(model, start))  # reportArgumentType
-    assert_type(convert_bn(model, batches, ['0.1'], n_batches=2), pd.DataFrame)
+    assert_type(convert_bn(model, batches, ['0.1'], n_batches=2), Drift)
     convert_bn(model, batches, 3)  # reportArgumentType
     recalibrate_bn(model, 3)  # reportArgumentType
     recalibrate_bn(model, batches, preserve='yes')  # reportArgumentType
@@ -224,7 +224,6 @@ def methods_of_a_learner(learn: Learner, batches: list[tuple[Tensor, Tensor]]):
     assert_type(found.plot(), Figure)
     for heading, part in found.tables():
         assert_type((heading, part), tuple[str, str | pd.DataFrame])
-    assert_type(default_candidates(learn, [True, False], Policy()), dict[str, Policy])
 
 
 def signatures_of_the_methods(learn: Learner, batches: list[tuple[Tensor, Tensor]], ax: Axes):
