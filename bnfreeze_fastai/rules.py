@@ -44,7 +44,7 @@ ADVICE = json.loads(files('bnfreeze_fastai').joinpath('advice.json').read_text(e
 REFERENCE = {'head': 'affine-only', 'fine_tune': 'affine-only', 'full': 'stats-only'}
 BESIDE = {**REFERENCE, 'full': 'fastai'} # which trial another is compared with
 TRIED = {'head': (_THREE := ('fastai', 'affine-only', 'converted')), 'fine_tune': _THREE, 'full': ('fastai', 'converted')}
-_MARGIN,_CLEAR = 0.02,0.1 # of accuracy: how far to be ahead of the rule; and in a trial, to count by itself
+_MARGIN,_CLEAR = 0.04,0.1 # of accuracy: how far to be ahead of the rule; and in a trial, to count by itself
 
 def features(
     phase:str, # One of `PHASES`
@@ -55,7 +55,7 @@ def features(
     "What the advantage of `policy` is a linear function of"
     known = [1., np.clip(log2(bs/16), -2, 2)]
     beside = BESIDE[phase]
-    tried = policy != beside and trials is not None and policy in trials and beside in trials
+    tried = policy != beside and trials is not None and policy in trials and beside in trials and not (policy == 'converted' and bs < ENOUGH)
     return np.array([*known, trials[policy]-trials[beside]] if tried else known)
 
 def advantages(
@@ -79,8 +79,10 @@ def choose(
 ) -> str: # Name of a policy
     "The rule's policy, or one that is clearly ahead of it"
     by_rule = rule(phase, bs)
-    best = max((p for p in ahead if p in trials or p in (by_rule, REFERENCE[phase])), key=lambda p: ahead[p])
-    return best if trials and ahead[best] - ahead[by_rule] > _MARGIN else by_rule
+    of_trial = lambda p: trials.get('fastai' if p == 'stats-only' else p, 0.)
+    ahead_in_both = lambda p: ahead[p]-ahead[by_rule] > _MARGIN and of_trial(p) > of_trial(by_rule)
+    others = [p for p in ahead if ahead_in_both(p) and (p != 'converted' or bs >= ENOUGH)]
+    return max(others, key=ahead.__getitem__, default=by_rule)
 
 def expected_gains(
     phase:str, # One of `PHASES`
