@@ -1,6 +1,6 @@
 """A pretrained network carries batch norm layers with two halves: running statistics and affine parameters. This package lets you say, for the frozen part and for the trained part of a network, which half moves and which is held, and sees to it that this is so: through every `fit`, `fine_tune`, `lr_find`, whatever optimizer or callback, bit for bit.
 
-A callback re-applies the mode that you chose; `learn.freeze_to_bn` sets it; `learn.bn_summary` shows it. `learn.recalibrate_bn` sets running statistics to those of your own data, exactly; `learn.bn_shift` and `learn.bn_drift` tell how foreign that data is and where a network has moved. `learn.bn_find` and `bn_compare` find out which mode suits it. The same works in plain PyTorch without a Learner.
+A callback re-applies the mode that you chose; `learn.freeze_to_bn` sets it; `learn.bn_summary` shows it. `learn.recalibrate_bn` sets running statistics to those of your own data, exactly; `learn.bn_shift` and `learn.bn_drift` tell how foreign that data is and where a network has moved. `learn.bn_find` and `bn_compare` find out which mode suits it, and what that is worth. The same works in plain PyTorch without a Learner.
 
 Modules:
 

@@ -57,7 +57,7 @@ class _Run(NamedTuple):
     def trial_batches(self) -> int: return int(_SHARE*self.batches/len(TRIED[self.phase]))
 
 def _rates(trial:Learner, fit:str, lr:float|slice|None, frozen:list[bool]) -> tuple[float, float]: # In the pretrained part, and of the head
-    if fit == 'fine_tune': lr = slice(0.01) if len(frozen) == 1 else slice(1e-4, 0.01) # a hundredth, whatever the rate is
+    if fit == 'fine_tune': lr,frozen = slice(1e-4, 0.01),[False]*len(frozen) # a hundredth, whatever the rate is, and nothing frozen at last
     trial.opt.set_hyper('lr', trial.lr if lr is None else lr)
     rates = [h['lr'] for h in trial.opt.hypers]
     body = [r for r,is_frozen in list(zip(rates, frozen))[:-1] if not is_frozen] if len(rates) > 1 else rates

@@ -346,20 +346,10 @@ class Drift(pd.DataFrame):
             raise
 
 # %% ../nbs/02_stats.ipynb #e4328643
-def _chosen(model:nn.Module, layers:str|Collection[str]) -> dict[str, nn.Module]: # Those of them with running statistics
-    if isinstance(layers, str) or not isinstance(layers, Collection): return layers_with_stats(model, layers)
-    norms,names = norm_layers(model),layers
-    if unknown := sorted(set(names) - norms.keys()):
-        raise ValueError(f"{unknown} are no norm layers of the model; its norm layers: {', '.join(norms) or 'none'}.")
-    chosen = {n: l for n,l in norms.items() if n in names and keeps_stats(l)}
-    if not chosen: raise ValueError(f"There is nothing to convert: of the layers {sorted(names)} none keeps running statistics. "
-                                    "Choose those that do by the glob `layers`.")
-    return _measurable(chosen)
-
 def recalibrate_bn(
     model:nn.Module, # Any model
     batches:Iterable[Any], # Tensors, or tuples with the model's inputs first; of training size
-    layers:str|Collection[str]='*', # Glob over the dotted names of norm layers, or the names; the others stay as they are
+    layers:str='*', # Glob over the dotted names of norm layers; the others stay as they are
     method:str='batch', # `'batch'` or `'sequential'`, see above
     preserve:bool=False, # Rescale weight and bias too, so that the network computes what it computed before?
     n_batches:int|None=None, # Use so many; all if not given
@@ -370,16 +360,21 @@ def recalibrate_bn(
     max_mem:float|None=None, # Bytes that `'sequential'` may keep for its batches, half of what is free if not given
 ) -> Drift: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
     "Set running statistics to those of `batches`, in a `with` for its block; on any exception, as for bad input, nothing has changed"
+    chosen = layers_with_stats(model, layers)
+    return _recalibrate(model, batches, chosen, method, preserve, n_batches, n_inp, progress, stats, prior, max_mem)
+
+def _recalibrate(model:nn.Module, batches:Iterable, chosen:Mapping[str, nn.Module], method:str, preserve:bool, n_batches:int|None,
+                 n_inp:int|None, progress:bool, stats:str='all', prior:float|None=None, max_mem:float|None=None) -> Drift:
     _check_mixture(stats, prior)
     memory_for(max_mem) # refuses what is no number
-    chosen,settle = _chosen(model, layers),_Settle(before := _stored(model), stats, prior)
+    settle = _Settle(before := _stored(model), stats, prior)
     observer = _observer(method, preserve, settle)
     _check_writable(model, chosen, preserve)
     found,count,why = _measure(model, batches, chosen, observer, n_batches, n_inp, progress, max_mem)
     values = {n: _new_values(chosen[n], settle(n, m, count), count, before[n] if preserve else None) for n,m in found.items()}
     kept = _kept(chosen, values)
     with _written({f'{n}.{k}': (getattr(chosen[n], k), v) for n in values for k,v in values[n].items()}):
-        for reason in why: warnings.warn(f"{reason} They keep their statistics.", stacklevel=2)
+        for reason in why: warnings.warn(f"{reason} They keep their statistics.", stacklevel=3)
         return Drift(bn_drift(model, before)).undone_by(partial(_put_back, kept))
 
 # %% ../nbs/02_stats.ipynb #37174466
@@ -392,4 +387,14 @@ def convert_bn(
     progress:bool=True, # Show a progress bar?
 ) -> Drift: # The drift: `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
     "Let the mode `'train'` start from what the network computes in evaluation; errors as for `recalibrate_bn`"
-    return recalibrate_bn(model, batches, layers, 'sequential', True, n_batches, n_inp, progress)
+    return _recalibrate(model, batches, _chosen(model, layers), 'sequential', True, n_batches, n_inp, progress)
+
+def _chosen(model:nn.Module, layers:str|Collection[str]) -> dict[str, nn.Module]: # Those of them with running statistics
+    if isinstance(layers, str) or not isinstance(layers, Collection): return layers_with_stats(model, layers)
+    norms,names = norm_layers(model),layers
+    if unknown := sorted(set(names) - norms.keys()):
+        raise ValueError(f"{unknown} are no norm layers of the model; its norm layers: {', '.join(norms) or 'none'}.")
+    chosen = {n: l for n,l in norms.items() if n in names and keeps_stats(l)}
+    if not chosen: raise ValueError(f"There is nothing to convert: of the layers {sorted(names)} none keeps running statistics. "
+                                    "Choose those that do by the glob `layers`.")
+    return _measurable(chosen)

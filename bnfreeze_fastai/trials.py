@@ -119,10 +119,13 @@ def compress_momentum(
 # %% ../nbs/06d_trials.ipynb #0859aba5
 class _Score(Callback):
     def before_validate(self): self.n,self.loss_sum,self.hits = 0,0.,0
-    def after_loss(self):
+    def after_pred(self):
         y,pred = self.learn.yb[0],self.learn.pred
         if not isinstance(pred, Tensor) or not isinstance(y, Tensor) or y.is_floating_point() or y.dim() != 1 or pred.dim() != 2:
             raise ValueError("the targets are not one class for each sample")
+
+    def after_loss(self):
+        y,pred = self.learn.yb[0],self.learn.pred
         self.n += len(y)
         self.loss_sum += self.learn.loss.detach().float().mean().item()*len(y)
         self.hits += (pred.argmax(1) == y).sum().item()

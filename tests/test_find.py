@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import bnfreeze_fastai.find
 from bnfreeze_fastai.all import *
-from bnfreeze_fastai.rules import ADVICE, REFERENCE, TRIED
+from bnfreeze_fastai.rules import ADVICE, REFERENCE, TRIED, expected_gains
 
 FAR = dict(source=lambda x: 20 * x + 50)  # the stored statistics are those of other data, and batches are large
 SMALL_BATCHES = dict(bs=2, n=96, bright=1)  # the stored statistics are right; those of a batch take away what tells the classes apart
@@ -211,7 +211,10 @@ def test_fine_tune_is_a_phase_of_its_own_at_any_freeze_point():
         learn = make()
         learn.freeze_to(n)
         found = find(learn, epochs=10, fit='fine_tune')
-        assert (found.by_rule, found.freeze_to) == ('affine-only', -1)
+        alone = expected_gains('fine_tune', 8).set_index('policy')['alone']
+        assert (found.by_rule, found.freeze_to) == ('affine-only', -1) and found.table.set_index('policy')[
+            'alone'
+        ].to_dict() == alone.to_dict()
 
 
 class Raises(Callback):
