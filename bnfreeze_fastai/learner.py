@@ -79,7 +79,8 @@ def freeze_to_bn(self:Learner,
                          "as by `learn.model(learn.dls.one_batch()[0])`.")
     n = _check_freeze_point(self, n)
     if cb is None:
-        if throughout is None: policy = policy._replace(throughout=n % len(self.opt.param_lists) > 0)
+        if throughout is None and n % len(self.opt.param_lists):
+            policy = policy._replace(throughout=bool(pretrained_norms(self.model, self.opt.param_lists)))
         self.add_cb(cb := BatchNormFreeze())
     cb.set_policy(policy, cb._trained if throughout is None else None)
     self.freeze_to(n)

@@ -55,7 +55,8 @@ def features(
     "What the advantage of `policy` is a linear function of"
     known = [1., np.clip(log2(bs/16), -2, 2)]
     beside = BESIDE[phase]
-    tried = policy != beside and trials is not None and policy in trials and beside in trials and not (policy == 'converted' and bs < ENOUGH)
+    counts = policy != beside and (policy != 'converted' or bs >= ENOUGH)
+    tried = counts and trials is not None and {policy, beside} <= trials.keys()
     return np.array([*known, trials[policy]-trials[beside]] if tried else known)
 
 def advantages(

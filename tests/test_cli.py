@@ -171,10 +171,6 @@ def test_architectures_by_name(pets, arch):
         '8',
         '--epochs',
         '8',
-        '--cost',
-        '1',
-        '--seeds',
-        '2',
     ]
     main([*args, '--out', 'found'])
     assert Path('found/report.md').exists()

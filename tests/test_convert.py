@@ -126,7 +126,7 @@ def test_bad_input_changes_nothing(had_opt):
         assert same(before, learn.model.state_dict().values()) and (learn.opt, list(learn.cbs)) == (opt, cbs)
         assert flags == [p.requires_grad for p in learn.model.parameters()]
         if had_opt:
-            assert active_callback(learn).bn_policy == Policy()
+            assert active_callback(learn).bn_policy == Policy(throughout=True)
 
 
 def test_nothing_to_convert():

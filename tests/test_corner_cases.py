@@ -69,7 +69,7 @@ def three_by_kind(m):
 
 def test_the_last_freeze_point_counts_even_if_no_fit_saw_it():
     learn = trained(splitter=lambda m: [params(m[0][1]), params(m[0][4]), params(m[0][0]) + params(m[0][3]) + params(m[1])])
-    learn.freeze_to_bn(2)
+    learn.freeze_to_bn(2, throughout=False)
     learn.freeze_to(1)
     learn.create_opt()
     assert modes(learn) == ['frozen', 'train', 'train']

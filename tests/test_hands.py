@@ -52,7 +52,7 @@ class TestThawedByHandBelowTheFreezePoint:
         assert f'Thawed by hand below the freeze point: {name}.weight' in repr(learn.bn_summary())
 
     def test_a_whole_group_counts_as_trained_and_that_is_said(self):
-        learn = trained().freeze_to_bn(-1)
+        learn = trained().freeze_to_bn(-1, throughout=False)
         for i in (0, 3):
             learn.model[0][i].requires_grad_(True)
         texts = told(lambda: learn.fit(1))

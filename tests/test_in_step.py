@@ -247,13 +247,16 @@ def test_ctrl_c(where):
             signal.raise_signal(signal.SIGINT) if where == 'between calls' else signal.setitimer(signal.ITIMER_REAL, 0.01)
             time.sleep(0.05)
 
-    old = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    old = {
+        s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGALRM, signal.SIGINT)
+    }  # a job in the background ignores SIGINT
     model[3].register_forward_pre_hook(interrupts)
     try:
         with pytest.raises(KeyboardInterrupt):
             recalibrate_bn(model, batches, method='sequential', progress=False)
     finally:
-        signal.signal(signal.SIGALRM, old)
+        for s, handler in old.items():
+            signal.signal(s, handler)
     assert same(before, model.state_dict().values()) and torch.is_grad_enabled() and model.training
 
 
