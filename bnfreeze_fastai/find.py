@@ -50,7 +50,6 @@ class _Run(NamedTuple):
     freeze_to:int # Freeze point at its start
     phase:str # One of `PHASES`
     bs:int # Samples in a training batch
-    n_images:int # Training samples
     batches:int # Of all epochs
 
     @property
@@ -67,7 +66,7 @@ def _as_run(trial:Learner, fit:str, epochs:int, lr:float|slice|None) -> _Run: # 
     frozen = frozen_groups(trial.model, trial.opt.param_lists, trial.opt.frozen_idx)
     dl,n_train = trial.dls.train,n_batches(trial)[0]
     return _Run(fit, epochs, lr, -1 if fit == 'fine_tune' else sum(frozen), phase_of(*_rates(trial, fit, lr, frozen)),
-                batch_size(dl), n_samples(dl), n_train*(epochs + (fit == 'fine_tune')))
+                batch_size(dl), n_train*(epochs + (fit == 'fine_tune')))
 
 # %% ../nbs/07b_find.ipynb #ac14b0e6
 class Found(NamedTuple):

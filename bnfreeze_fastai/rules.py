@@ -46,6 +46,8 @@ BESIDE = {**REFERENCE, 'full': 'fastai'} # which trial another is compared with
 TRIED = {'head': (_THREE := ('fastai', 'affine-only', 'converted')), 'fine_tune': _THREE, 'full': ('fastai', 'converted')}
 _MARGIN,_CLEAR = 0.04,0.1 # of accuracy: how far to be ahead of the rule; and in a trial, to count by itself
 
+def _trial_counts(policy:str, bs:int) -> bool: return policy != 'converted' or bs >= ENOUGH
+
 def features(
     phase:str, # One of `PHASES`
     bs:int, # Samples in a training batch
@@ -55,8 +57,8 @@ def features(
     "What the advantage of `policy` is a linear function of"
     known = [1., np.clip(log2(bs/16), -2, 2)]
     beside = BESIDE[phase]
-    counts = policy != beside and (policy != 'converted' or bs >= ENOUGH)
-    tried = counts and trials is not None and {policy, beside} <= trials.keys()
+    compared = trials is not None and policy != beside and {policy, beside} <= trials.keys()
+    tried = compared and _trial_counts(policy, bs)
     return np.array([*known, trials[policy]-trials[beside]] if tried else known)
 
 def advantages(
@@ -82,7 +84,7 @@ def choose(
     by_rule = rule(phase, bs)
     of_trial = lambda p: trials.get('fastai' if p == 'stats-only' else p, 0.)
     ahead_in_both = lambda p: ahead[p]-ahead[by_rule] > _MARGIN and of_trial(p) > of_trial(by_rule)
-    others = [p for p in ahead if ahead_in_both(p) and (p != 'converted' or bs >= ENOUGH)]
+    others = [p for p in ahead if ahead_in_both(p) and _trial_counts(p, bs)]
     return max(others, key=ahead.__getitem__, default=by_rule)
 
 def expected_gains(

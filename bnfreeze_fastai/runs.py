@@ -7,14 +7,13 @@ from __future__ import annotations
 
 # %% auto #0
 __all__ = ['FASTAI', 'CONVERTED', 'AnyPolicy', 'Policies', 'Fit', 'FITS', 'is_function', 'check_policies', 'pretrained_layers',
-           'throughout', 'put_policy', 'check_epochs', 'check_lr', 'as_seeds', 'weights_hash', 'new_learner',
-           'n_batches', 'EpochRows', 'run_policy']
+           'put_policy', 'check_epochs', 'check_lr', 'as_seeds', 'weights_hash', 'new_learner', 'n_batches',
+           'EpochRows', 'run_policy']
 
 # %% ../nbs/06a_runs.ipynb #c16d4300
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from glob import escape
 from inspect import signature
 from math import inf
 from numbers import Integral, Real
@@ -85,16 +84,6 @@ def pretrained_layers(
 ) -> list[str]: # Dotted names
     "The norm layers that came with the weights, by `pretrained_norms`"
     return pretrained_norms(learn.model, learn.opt.param_lists)
-
-def throughout(
-    mode:str, # One of the four
-    names:Iterable[str], # Of norm layers
-    others:ModeSpec='train', # For all others once they train: a mode, or a dict of globs to modes
-) -> Policy:
-    "The policy that keeps the layers `names` in `mode`, frozen or not; for pretrained ones `Policy(mode, throughout=True)` does"
-    rules = {escape(n): mode for n in names}
-    if isinstance(others, str): others = {'*': others}
-    return Policy(mode, {**rules, **{glob: m for glob,m in others.items() if glob not in rules}})
 
 def put_policy(
     learn:Learner, # A `BatchNormFreeze` that it has loses its schedule, or is taken off

@@ -10,7 +10,7 @@ from fastai.torch_core import trainable_params
 from torch import nn
 
 from bnfreeze_fastai.policy import pretrained_norms
-from bnfreeze_fastai.runs import check_policies, put_policy, run_policy, throughout
+from bnfreeze_fastai.runs import check_policies, put_policy, run_policy
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained')
 NAMES = ['0.1', '0.4']
@@ -264,7 +264,7 @@ def test_what_a_switcher_turns_off_is_as_under_the_globs():
 @pytest.mark.parametrize('mode', MODES)
 def test_a_mode_by_name_in_comparisons_is_what_it_was(mode, splitter):
     rows = []
-    for policy in (mode, throughout(mode, NAMES), *check_policies({'a': dict(bn=mode, throughout=True)}).values()):
+    for policy in (mode, Policy(**globs(mode)), *check_policies({'a': dict(bn=mode, throughout=True)}).values()):
         made = partial(pretrained, splitter=splitter)
         epochs = run_policy(
             lambda: made(), policy, 0, 1, 'fine_tune' if splitter is two_groups else 'fit', -1 if splitter is two_groups else 0
