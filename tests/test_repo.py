@@ -1,6 +1,6 @@
 "The repository agrees with itself: modules and README with the notebooks, the notebooks with the house"
 
-import importlib.util, json, platform, re, shutil, subprocess, sys
+import importlib, importlib.util, json, platform, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import distributions, metadata, requires, version
 from pathlib import Path
@@ -181,3 +181,9 @@ def test_scripts_are_formatted_and_name_what_exists(command):
     places = ['tests', 'docs', 'bench', 'experiments', 'soak', 'sweep', 'noxfile.py']
     result = subprocess.run([BIN / 'ruff', *command.split(), '--no-cache', *places], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize('folder', ['bench', 'experiments', 'soak', 'sweep'])
+def test_scripts_import_what_is_there(folder):
+    for path in sorted((ROOT / folder).glob('*.py')):
+        importlib.import_module(f'{folder}.{path.stem}')
