@@ -16,9 +16,9 @@ from fastprogress.fastprogress import progress_bar
 from torchvision import models
 
 from bench.measure import BATCH, N_BATCHES, SIZE, added_memory, compare_memory, seconds
-from bnfreeze_fastai.callback import active_callback
-from bnfreeze_fastai.core import bn_layers
-from bnfreeze_fastai.fixed import fingerprint
+from bnfreeze_fastai.freeze.callback import active_callback
+from bnfreeze_fastai.layers import bn_layers
+from bnfreeze_fastai.utils.tensors import fingerprint
 import bnfreeze_fastai.learner
 
 ROUNDS = 3

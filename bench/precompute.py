@@ -16,7 +16,7 @@ from torch import nn
 from torchvision import models
 
 from bench.measure import SIZE, added_memory, compare_memory, seconds
-from bnfreeze_fastai.callback import active_callback
+from bnfreeze_fastai.freeze.callback import active_callback
 import bnfreeze_fastai.learner
 
 ROUNDS, N_EPOCH, N_TRAIN, N_VALID, BATCH = 3, 5, 448, 64, 64

@@ -25,7 +25,7 @@ from fastai.vision.learner import add_head, create_body, create_timm_model, defa
 from torch import nn
 
 from .images import ImageFolder, image_loaders
-from .restore import evaluating, kept_rng
+from .utils.restore import evaluating, kept_rng
 
 # %% ../nbs/07d_architectures.ipynb #d4687ff1
 PRETRAINED,NONE = 'pretrained','none' # words in place of a file of weights

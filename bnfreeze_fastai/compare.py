@@ -28,8 +28,8 @@ from .batches import with_progress, wrong
 from .differences import paired_differences, table_html, table_text
 from .folders import process_folder
 from .plots import plot_differences, plot_scores
-from .policy import Policy, told_policy
-from .restore import kept_rng
+from .freeze.policy import Policy, told_policy
+from .utils.restore import kept_rng
 from .results import COLUMNS, Results
 from .runs import (FITS, Fit, Policies, as_seeds, check_epochs, check_lr, check_policies, is_function, n_batches,
                                   new_learner, put_policy, run_policy, weights_hash)

@@ -19,9 +19,10 @@ import torch
 from fastai.torch_core import apply
 from torch import Tensor, nn
 
-from .core import bn_layers, held_stats, named_modules
-from .fixed import fingerprint
-from .restore import evaluating, kept_rng, reseed, standing_in
+from .core import held_stats
+from .layers import bn_layers, named_modules
+from .utils.tensors import fingerprint
+from .utils.restore import evaluating, kept_rng, reseed, standing_in
 
 # %% ../nbs/02b_cut.ipynb #aa010156
 class Call:

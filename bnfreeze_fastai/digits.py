@@ -22,7 +22,7 @@ from fastai.torch_core import params
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from .restore import reseed
+from .utils.restore import reseed
 
 # %% ../nbs/05b_digits.ipynb #69ced6f5
 def digit_images(

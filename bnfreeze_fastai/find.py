@@ -27,14 +27,14 @@ from matplotlib.figure import Figure
 
 from .batches import with_progress
 from .compare import check_training
-from .core import bn_layers, keeps_stats, norm_layers
+from .layers import bn_layers, keeps_stats, norm_layers
 from .differences import table_html, table_text
 from .folders import process_folder
 from .frozen_part import refuse_setting
 from .loaders import batch_size, check_loader, in_order, n_samples
 from .plots import plot_gains
-from .policy import frozen_groups
-from .restore import kept_rng, reseed
+from .freeze.groups import Groups, frozen_groups
+from .utils.restore import kept_rng, reseed
 from .rules import TRIED, advantages, choose, expected_gains, phase_of, rule
 from .runs import n_batches, pretrained_layers, put_policy
 from .trials import compress_momentum, scores, short_fit, trial_copy
@@ -63,7 +63,7 @@ def _rates(trial:Learner, fit:str, lr:float|slice|None, frozen:list[bool]) -> tu
     return max(body, default=0.),rates[-1]
 
 def _as_run(trial:Learner, fit:str, epochs:int, lr:float|slice|None) -> _Run: # `trial` is a copy, with an optimizer
-    frozen = frozen_groups(trial.model, trial.opt.param_lists, trial.opt.frozen_idx)
+    frozen = frozen_groups(Groups(trial.model, trial.opt.param_lists), trial.opt.frozen_idx)
     dl,n_train = trial.dls.train,n_batches(trial)[0]
     return _Run(fit, epochs, lr, -1 if fit == 'fine_tune' else sum(frozen), phase_of(*_rates(trial, fit, lr, frozen)),
                 batch_size(dl), n_train*(epochs + (fit == 'fine_tune')))

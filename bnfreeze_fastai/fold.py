@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .core import Temporary, is_frozen_norm, keeps_stats
+from .holds import Temporary, hold_of
+from .layers import is_frozen_norm, keeps_stats
 from .cut import Call, Cut, Features, relative_error, resumable, watch
 from .frozen_part import WatchFrozen, device_of, find_frozen_part, one_input, ready, unchanging
 from .loaders import as_in_fit
-from .restore import copied_buffers, evaluating, kept_rng
+from .utils.restore import copied_buffers, evaluating, kept_rng
 
 # %% ../nbs/04a_fold.ipynb #0742fe8f
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -54,7 +55,7 @@ def _only_convolves(conv:nn.Module) -> bool:
 
 def _only_held(norm:nn.Module) -> bool:
     "Whether no hooks but those that hold a mode are on `norm`"
-    return all(isinstance(h, Temporary) for h in (*norm._forward_pre_hooks.values(), *norm._forward_hooks.values()))
+    return all(isinstance(hold_of(h), Temporary) for h in (*norm._forward_pre_hooks.values(), *norm._forward_hooks.values()))
 
 def _plain(conv:nn.Module, weight:Tensor, bias:Tensor) -> nn.Module:
     "A convolution as `conv`, with this weight and bias"

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import model_inputs, wrong
-from .callback import frozen_in_force, planned_modes
-from .core import MODES, affine_params, keeps_stats, named_modules, norm_layers, refuse_compiled
+from .freeze.in_force import frozen_in_force, planned_modes
+from .layers import MODES, affine_params, keeps_stats, named_modules, norm_layers, refuse_compiled
 from .cut import Cut, check_cut, cut_of, holds_any, is_resumable, watch
-from .fixed import fingerprint
-from .policy import layer_groups
-from .ranks import is_distributed
-from .restore import standing_in
+from .utils.tensors import fingerprint
+from .freeze.groups import Groups
+from .utils.ranks import is_distributed
+from .utils.restore import standing_in
 
 # %% ../nbs/03b_frozen_part.ipynb #4e94d29b
 def _moves(layer:nn.Module, mode:str) -> bool:
@@ -49,7 +49,7 @@ def frozen_and_trained(
     model,groups,is_frozen = learn.model,learn.opt.param_lists,frozen_in_force(learn)
     if not any(is_frozen): raise ValueError("Nothing is frozen: freeze first, as by `learn.freeze_to_bn(-1)`.")
     layers = norm_layers(model)
-    frozen_layers = {n for n,group in layer_groups(model, groups).items() if is_frozen[group]}
+    frozen_layers = {n for n,group in Groups(model, groups).by_layer.items() if is_frozen[group]}
     planned = [(n, modes[n]) for modes in planned_modes(learn) for n in sorted(frozen_layers)]
     if moving := {n: mode for n,mode in planned if _moves(layers[n], mode)}: _refuse_moving(moving)
     trained = {p for group,frozen in zip(groups, is_frozen) if not frozen for p in group}

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from .batches import check_device, memory_for, model_inputs, tensors_in, with_progress
-from .core import named_modules
+from .layers import named_modules
 from .moments import Moments, pool
 from .observe import (OneByOne, Observer, check_passes, finite, moments_of, observe, refuse_iterator, undisturbed,
                                      warn_of_fewer)
-from .ranks import on_all_ranks, this_rank
-from .restore import kept_rng
+from .utils.ranks import on_all_ranks, this_rank
+from .utils.restore import kept_rng
 
 # %% ../nbs/01d_in_step.ipynb #4a639c8f
 class _Over(BaseException):

@@ -10,13 +10,12 @@ Each is a thin layer over the callback, the policy or the statistics."""
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['BatchNormSummary']
+__all__ = []
 
 # %% ../nbs/06_learner.ipynb #663b7600
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from html import escape
 from numbers import Integral
 from operator import index
 from typing import Any
@@ -30,16 +29,16 @@ from torch.nn.parameter import is_lazy
 
 from . import fold, plots, stats
 from .batches import check_batches, wrong
-from .callback import BatchNormFreeze, active_callback, frozen_in_force, modes_in_force
-from .core import MODES, affine_params, keeps_stats, mode_name, norm_layers, stats_buffers, updates_stats
-from .drift import BatchNormDrift
-from .fixed import level_slow_weights
+from .freeze.callback import BatchNormFreeze, active_callback
+from .freeze.drift import BatchNormDrift
+from .freeze.fuse import BatchNormFuse
+from .freeze.groups import Groups, pretrained_norms
+from .freeze.guard import level_slow_weights
+from .freeze.policy import ModeSpec, Policy, check_policy
+from .freeze.summary import BatchNormSummary, summarise
 from .fuse import refuse_fusion
-from .fuse_callback import BatchNormFuse
-from .guard import look_moving, other_buffers
+from .layers import affine_params, norm_layers
 from .loaders import as_in_fit
-from .point import thawed_by_hand, unknown_to_optimizer
-from .policy import ModeSpec, Policy, check_policy, layer_groups, pretrained_norms, told_policy
 from .precompute import precomputed
 from .stats import Drift, Snapshot, layers_with_stats, recalibrate_bn as recalibrate
 
@@ -80,91 +79,18 @@ def freeze_to_bn(self:Learner,
     n = _check_freeze_point(self, n)
     if cb is None:
         if throughout is None and n % len(self.opt.param_lists):
-            policy = policy._replace(throughout=bool(pretrained_norms(self.model, self.opt.param_lists)))
-        self.add_cb(cb := BatchNormFreeze())
-    cb.set_policy(policy, cb._trained if throughout is None else None)
-    self.freeze_to(n)
-    cb.apply()
+            policy = policy._replace(throughout=bool(pretrained_norms(Groups(self.model, self.opt.param_lists))))
+        self.add_cb(cb := BatchNormFreeze(**policy._asdict()))
+    else: cb.set_policy(policy, keep_trained=throughout is None)
+    cb.freeze_to(n)
     return self
-
-# %% ../nbs/06_learner.ipynb #49303498
-class BatchNormSummary:
-    "One row per norm layer; a table in a notebook, text elsewhere, a DataFrame as `.df`"
-    df:pd.DataFrame
-    def __init__(self,
-        df:pd.DataFrame, # One row per norm layer
-        title:str, # The policy and the freeze point in words
-        notes:Iterable[str]=(), # What is not as the freeze point and the policy would have it, a sentence each
-    ):
-        self.df,self.title,self.notes = df,title,[*notes]
-
-    def _counts(self) -> str:
-        if self.df.empty: return 'This model has no norm layers: batch norm modes change nothing here.'
-        return f"{len(self.df)} norm layers: " + ', '.join(f'{count} {mode}' for mode,count in self.df['mode'].value_counts().items())
-
-    def _table(self) -> pd.DataFrame:
-        as_text = {c: self.df[c].map(lambda v: '' if pd.isna(v) else f'{v:.3g}') for c in ('momentum', 'stats_moved', 'affine_moved')}
-        return self.df.assign(**as_text).astype({'batches_tracked': 'string'}).fillna({'batches_tracked': ''})
-
-    def __repr__(self) -> str:
-        return '\n'.join([self.title, *([] if self.df.empty else [self._table().to_string(index=False)]), self._counts(), *self.notes])
-    def _repr_html_(self) -> str:
-        table = '' if self.df.empty else self._table().to_html(index=False, notebook=False, border=0)
-        return f'<p>{escape(self.title, quote=False)}</p>{table}<p>{self._counts()}</p>'
-
-# %% ../nbs/06_learner.ipynb #7372bc84
-def _batches_tracked(layer) -> int|None:
-    tracked = stats_buffers(layer).get('num_batches_tracked')
-    return None if tracked is None else int(tracked)
-
-# %% ../nbs/06_learner.ipynb #3dff3ea0
-def _told(modes:dict) -> str: return ', '.join(f'{side}={mode!r}' for side,mode in modes.items())
-
-def _told_change(cb:BatchNormFreeze, at:float) -> str:
-    when = ' (in the last fit from epoch {}, batch {})'.format(*cb.schedule_log[at]) if at in cb.schedule_log else ''
-    return f'from {at:.4g} of a fit {_told(cb.schedule[at])}{when}'
-
-def _title(learn:Learner, cb:BatchNormFreeze|None) -> str:
-    "The policy, its schedule, and how many parameter groups are frozen"
-    policy = ['no BatchNormFreeze: modes as the tensors show them']
-    if cb is not None: policy = [_told(told_policy(cb.bn_policy)), *(_told_change(cb, at) for at in cb.schedule)]
-    frozen = frozen_in_force(learn)
-    return '; '.join([*policy, f'{sum(frozen)} of {len(frozen)} parameter groups frozen'])
-
-def _notes(learn:Learner, cb:BatchNormFreeze|None) -> list[str]:
-    "Which rule decided where it was not the freeze point alone, and what no mode governs"
-    groups,buffers = learn.opt.param_lists,look_moving(other_buffers(learn.model))
-    told = {'The optimizer does not know these, so they do not train (`learn.create_opt()`)': unknown_to_optimizer(learn.model, groups),
-            'Buffers of the frozen part that no mode governs': dict.fromkeys([*buffers, *([] if cb is None else cb.moving_buffers)])}
-    if cb is not None:
-        now = cb.look()
-        thawed,whole = thawed_by_hand(learn.model, groups, now)
-        so = 'in the mode `bn` by `throughout`' if cb.bn_policy.throughout else 'so in the mode of the trained part'
-        told |= {'Frozen by hand, so in the mode of the frozen part': sorted(now.by_hand), 'Thawed by hand below the freeze point': thawed,
-                 f'Parameter groups thawed by hand, {so}': map(str, whole)}
-    return [f"{what}: {', '.join(names)}." for what,names in ((what, [*names]) for what,names in told.items()) if names]
-
-def _shown_mode(layer, mode:str, known:set) -> str:
-    "`mode`, but for a half that cannot follow it: statistics that are switched off, weight and bias that the optimizer does not have"
-    (updates,trains),params = MODES[mode],affine_params(layer)
-    if keeps_stats(layer): updates = updates and updates_stats(layer)
-    if params and known.isdisjoint(params): trains = trains and any(p.requires_grad for p in params)
-    return mode_name(updates, trains)
 
 # %% ../nbs/06_learner.ipynb #7c2ab8f9
 @patch
-def bn_summary(self:Learner) -> BatchNormSummary: # Columns of `.df`: see the table below
+def bn_summary(self:Learner) -> BatchNormSummary: # Columns of `.df`: `layer`, `type`, `group`, `mode`, `affine_trainable`, `momentum`, …
     "Every norm layer with its parameter group, mode and tensors, and how far it has moved; makes the optimizer if there is none"
     if self.opt is None: self.create_opt()
-    cb,layers,groups = active_callback(self),norm_layers(self.model),layer_groups(self.model, self.opt.param_lists)
-    modes,known = modes_in_force(self),{p for group in self.opt.param_lists for p in group}
-    rows = [dict(layer=n, type=type(l).__name__, group=groups[n], mode=_shown_mode(l, modes[n], known),
-                 affine_trainable=any(p.requires_grad for p in affine_params(l)),
-                 momentum=getattr(l, 'momentum', None), batches_tracked=_batches_tracked(l)) for n,l in layers.items()]
-    columns = ['layer', 'type', 'group', 'mode', 'affine_trainable', 'momentum', 'batches_tracked']
-    df = pd.DataFrame(rows, columns=columns).astype({'momentum': 'float', 'batches_tracked': 'Int64'})
-    df = df.merge(stats.moved(self.model, {} if cb is None else cb.bn_start), on='layer')
-    return BatchNormSummary(df, _title(self, cb), _notes(self, cb))
+    return summarise(self)
 
 # %% ../nbs/06_learner.ipynb #e31d017f
 class _AsInFit:
@@ -234,15 +160,15 @@ def convert_bn(self:Learner,
     if not had_opt: self.create_opt()
     cb = active_callback(self)
     try:
-        chosen = (pretrained_norms(self.model, self.opt.param_lists, None if cb is None else cb._trained) if layers is None else
-                  [*stats.layers_with_stats(self.model, layers)])
+        if layers is not None: chosen = [*stats.layers_with_stats(self.model, layers)]
+        else: chosen = pretrained_norms(Groups(self.model, self.opt.param_lists)) if cb is None else cb.at.pretrained
         stats.convert_bn(self.model, layers=chosen, **how)
     except BaseException:
         if not had_opt: self.opt = None
         raise
     level_slow_weights(self.opt, {p for n,l in norm_layers(self.model).items() if n in chosen for p in affine_params(l)})
     if cb is None: self.add_cb(cb := BatchNormFreeze())
-    cb.set_policy(cb.bn_policy._replace(bn=_with_train(cb.bn_policy.bn, layers)), cb._trained, refrozen=False)
+    cb.set_policy(cb.bn_policy._replace(bn=_with_train(cb.bn_policy.bn, layers)), keep_trained=True)
     cb.apply()
     return self
 

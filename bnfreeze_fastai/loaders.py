@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader as TorchDataLoader, IterableDataset
 from xxhash import xxh3_128_digest
 
-from .fixed import fingerprint
-from .restore import standing_in
+from .utils.tensors import fingerprint
+from .utils.restore import standing_in
 from .store import leaves
 
 # %% ../nbs/03a_loaders.ipynb #1cefb64b

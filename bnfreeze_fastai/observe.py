@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .batches import check_batches, check_device, model_inputs, with_progress
-from .core import is_compiled, named_modules
+from .layers import is_compiled, named_modules
 from .moments import Moments, batch_moments, instance_moments, pool
-from .ranks import on_all_ranks, this_rank
-from .restore import evaluating, kept_rng
+from .utils.ranks import on_all_ranks, this_rank
+from .utils.restore import evaluating, kept_rng
 
 # %% ../nbs/01c_observe.ipynb #3dece1e4
 _MOMENTS = {F.batch_norm: batch_moments, F.instance_norm: instance_moments}

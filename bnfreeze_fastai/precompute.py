@@ -38,7 +38,7 @@ from .frozen_part import (N_TRIED, WatchFrozen, autocast, device_of, find_frozen
                                          refuse_setting, unchanging)
 from .loaders import (Contents, as_in_fit, batch_size, check_loader, in_order, index_batches, n_samples, same_source,
                                      source)
-from .restore import evaluating, kept_rng
+from .utils.restore import evaluating, kept_rng
 from .samples import Spots, random_transforms, refuse_random, refuse_skipped, watched
 from .store import Store, leaves
 

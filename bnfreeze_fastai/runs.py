@@ -29,11 +29,12 @@ from xxhash import xxh3_128_hexdigest
 
 import bnfreeze_fastai.learner # patches `freeze_to_bn` and `precompute` in
 from .batches import wrong
-from .callback import BatchNormFreeze, active_callback
-from .core import MODES
-from .fixed import fingerprint, named_tensors
-from .policy import ModeSpec, Policy, check_policy, pretrained_norms
-from .restore import reseed
+from .freeze.callback import BatchNormFreeze, active_callback
+from .layers import MODES, named_tensors
+from .utils.tensors import fingerprint
+from .freeze.groups import Groups, pretrained_norms
+from .freeze.policy import ModeSpec, Policy, check_policy
+from .utils.restore import reseed
 from .stats import Snapshot, moved, snapshot
 
 # %% ../nbs/06a_runs.ipynb #6dccf390
@@ -83,7 +84,7 @@ def pretrained_layers(
     learn:Learner, # With an optimizer
 ) -> list[str]: # Dotted names
     "The norm layers that came with the weights, by `pretrained_norms`"
-    return pretrained_norms(learn.model, learn.opt.param_lists)
+    return pretrained_norms(Groups(learn.model, learn.opt.param_lists))
 
 def put_policy(
     learn:Learner, # A `BatchNormFreeze` that it has loses its schedule, or is taken off

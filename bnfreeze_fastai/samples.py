@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader as TorchDataLoader, default_collate
 
 from .loaders import batch_size, in_order, n_samples, pipelines, split_of
-from .restore import kept_rng
+from .utils.restore import kept_rng
 from .store import leaves
 
 # %% ../nbs/03d_samples.ipynb #08254387

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .batches import memory_for, wrong
-from .core import affine_params, check_glob, keeps_stats, named_modules, norm_layers, stats_buffers
+from .layers import affine_params, check_glob, keeps_stats, named_modules, norm_layers, stats_buffers
 from .moments import Moments
 from .in_step import observe_in_step
 from .observe import ByBatch, Observer, OneByOne, observe
-from .ranks import gathered
-from .restore import standing_in
+from .utils.ranks import gathered
+from .utils.restore import standing_in
 
 # %% ../nbs/02_stats.ipynb #a8de43c0
 _HALVES = {'stats': ('running_mean', 'running_var'), 'affine': ('weight', 'bias')}

@@ -22,10 +22,11 @@ from fastai.learner import Recorder
 from fastcore.basics import GetAttr, noop
 from torch import Tensor, nn
 
-from .callback import BatchNormFreeze, as_groups
-from .core import bn_layers
-from .drift import BatchNormDrift
-from .restore import copied_buffers
+from .freeze.callback import BatchNormFreeze
+from .freeze.groups import as_groups
+from .layers import bn_layers
+from .freeze.drift import BatchNormDrift
+from .utils.restore import copied_buffers
 
 # %% ../nbs/06d_trials.ipynb #bb857edb
 _SILENT = (ProgressCallback, ShowGraphCallback, CSVLogger, TrackerCallback, Recorder, BatchNormFreeze, BatchNormDrift)

@@ -7,10 +7,10 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import params
 
-from bnfreeze_fastai.callback import BatchNormFreeze
+from bnfreeze_fastai.freeze.callback import BatchNormFreeze
 from bnfreeze_fastai.digits import ValidateLast
-from bnfreeze_fastai.policy import Policy
-from bnfreeze_fastai.restore import reseed
+from bnfreeze_fastai.freeze.policy import Policy
+from bnfreeze_fastai.utils.restore import reseed
 from bnfreeze_fastai.runs import put_policy
 
 from .images import read_images, split

@@ -13,7 +13,7 @@ from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 
 from bnfreeze_fastai import compare
-from bnfreeze_fastai.restore import reseed
+from bnfreeze_fastai.utils.restore import reseed
 from bnfreeze_fastai.results import Results
 from bnfreeze_fastai.runs import weights_hash
 

@@ -15,8 +15,8 @@ from fastcore.basics import noop
 from torch import nn
 
 from bnfreeze_fastai.all import *
-from bnfreeze_fastai.core import affine_params, norm_layers, stats_buffers
-from bnfreeze_fastai.restore import reseed
+from bnfreeze_fastai.layers import affine_params, norm_layers, stats_buffers
+from bnfreeze_fastai.utils.restore import reseed
 
 OPTIMIZERS = dict(adam=Adam, sgd=partial(SGD, mom=0.9), ranger=ranger, adamw=partial(OptimWrapper, opt=torch.optim.AdamW))
 N_TRAIN, N_VALID, BS = 32, 16, 8

@@ -19,9 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_leaves
 
-from bnfreeze_fastai.core import MODES, set_bn_mode
+from bnfreeze_fastai.core import set_bn_mode
+from bnfreeze_fastai.layers import MODES
 from bnfreeze_fastai.fuse import fused_bn
-from bnfreeze_fastai.learner import BatchNormSummary  # importing it gives Learners their methods
+from bnfreeze_fastai.freeze.summary import BatchNormSummary# importing it gives Learners their methods
 
 from .networks import as_vision_learner, two_groups
 

@@ -67,7 +67,7 @@ def test_a_loader_that_runs_share_starts_anew(kind):
 
 def test_fastai_is_fastai():
     learn = get_learner()
-    from bnfreeze_fastai.restore import reseed
+    from bnfreeze_fastai.utils.restore import reseed
 
     reseed(5, *learn.dls.loaders)
     learn.fine_tune(2)

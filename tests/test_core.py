@@ -10,6 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 from bnfreeze_fastai.core import *
+from bnfreeze_fastai.holds import *
+from bnfreeze_fastai.layers import *
+from bnfreeze_fastai.sync import *
 
 
 class OwnBatchNorm(nn.BatchNorm2d):
@@ -325,5 +328,5 @@ def test_promises_that_cannot_be_kept_are_told(mode, warned):
 
 
 def test_core_needs_no_fastai():
-    code = 'import sys, bnfreeze_fastai.core, bnfreeze_fastai.policy, bnfreeze_fastai.fixed; assert not {"fastai", "pandas"} & set(sys.modules)'
+    code = 'import sys, bnfreeze_fastai.core, bnfreeze_fastai.freeze.stages, bnfreeze_fastai.freeze.guard; assert not {"fastai", "pandas"} & set(sys.modules)'
     subprocess.run([sys.executable, '-c', code], check=True)

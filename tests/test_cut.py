@@ -9,7 +9,7 @@ from torch import nn
 from torchvision import models
 
 from bnfreeze_fastai.cut import *
-from bnfreeze_fastai.restore import evaluating
+from bnfreeze_fastai.utils.restore import evaluating
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated torchvision arguments
 

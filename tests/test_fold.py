@@ -11,7 +11,7 @@ from torch.nn.utils import spectral_norm, weight_norm
 from torchvision.ops import FrozenBatchNorm2d
 
 from bnfreeze_fastai.fold import folded
-from bnfreeze_fastai.restore import evaluating
+from bnfreeze_fastai.utils.restore import evaluating
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated torchvision arguments
 

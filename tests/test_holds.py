@@ -10,6 +10,9 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from bnfreeze_fastai.core import *
+from bnfreeze_fastai.holds import *
+from bnfreeze_fastai.layers import *
+from bnfreeze_fastai.sync import *
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained')
 FIXED, MOVING = (['affine-only', 'frozen'], ['train', 'stats-only'])

@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import densenet121, mobilenet_v2, resnet18
 
-from bnfreeze_fastai.core import bn_layers, bn_mode, named_modules, set_bn_mode
+from bnfreeze_fastai.core import bn_mode, set_bn_mode
+from bnfreeze_fastai.layers import bn_layers, named_modules
 from bnfreeze_fastai.in_step import observe_in_step
 from bnfreeze_fastai.observe import OneByOne, observe
 from bnfreeze_fastai.stats import recalibrate_bn

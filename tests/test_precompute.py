@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torchvision import models
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
-from bnfreeze_fastai.core import bn_layers
+from bnfreeze_fastai.layers import bn_layers
 from bnfreeze_fastai.precompute import FeatureBatches, ServeFeatures
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated torchvision arguments, autocast without a GPU

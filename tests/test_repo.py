@@ -1,6 +1,6 @@
 "The repository agrees with itself: modules and README with the notebooks, the notebooks with the house"
 
-import importlib, importlib.util, json, platform, re, shutil, subprocess, sys
+import ast, importlib, importlib.util, json, platform, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import distributions, metadata, requires, version
 from pathlib import Path
@@ -11,51 +11,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from docs.notebooks import notebooks_of, page_name, rooms
+
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / 'nbs').rglob('*.ipynb'))
-FLOORS = [
-    'core',
-    'restore',
-    'ranks',
-    'folders',
-    'moments',
-    'batches',
-    'observe',
-    'in_step',
-    'policy',
-    'stats',
-    'fixed',
-    'cut',
-    'store',
-    'convolution',
-    'deferred',
-    'fuse',
-    'finite',
-    'point',
-    'guard',
-    'callback',
-    'loaders',
-    'samples',
-    'frozen_part',
-    'fuse_callback',
-    'precompute',
-    'fold',
-    'differences',
-    'plots',
-    'drift',
-    'digits',
-    'learner',
-    'runs',
-    'results',
-    'rules',
-    'trials',
-    'compare',
-    'find',
-    'images',
-    'architectures',
-    'cli',
-]  # each may import those before it
-
 CONFIG = ConfigParser(delimiters=['='])
 CONFIG.read(ROOT / 'settings.ini', encoding='utf-8')
 SETTINGS = CONFIG['DEFAULT']
@@ -130,21 +89,36 @@ def test_lock_names_no_place():
     assert not re.search(r'://|--|@', (ROOT / 'requirements-dev.txt').read_text(encoding='utf-8'))
 
 
-def test_modules_import_downwards_only():
-    for i, name in enumerate(FLOORS):
-        path = ROOT / 'bnfreeze_fastai' / f'{name}.py'
-        if not path.exists():
-            continue
-        text = path.read_text(encoding='utf-8')
-        imported = re.findall(r'from (?:bnfreeze_fastai|)\.(\w+) import', text)
-        for names in re.findall(r'from (?:\.|bnfreeze_fastai) import (.+)', text):
-            imported += names.split(', ')
-        assert set(imported) <= set(FLOORS[:i]), name
+def imported(module):
+    "The modules of the package that one of them imports, as dotted names without the package's"
+    package = ['bnfreeze_fastai', *module.split('.')][:-1]
+    for node in ast.walk(ast.parse((ROOT / 'bnfreeze_fastai' / f"{module.replace('.', '/')}.py").read_text(encoding='utf-8'))):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or '').startswith('bnfreeze_fastai')):
+            base = [*package[: len(package) + 1 - node.level], *filter(None, [node.module])] if node.level else node.module.split('.')
+            for alias in node.names:
+                path = [*base[1:], alias.name]
+                yield '.'.join(path if (ROOT / 'bnfreeze_fastai' / '/'.join(path)).with_suffix('.py').exists() else base[1:])
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.partition('.')[2] for alias in node.names if alias.name.startswith('bnfreeze_fastai.'))
 
 
-def test_every_module_has_a_floor():
-    modules = {p.stem for p in (ROOT / 'bnfreeze_fastai').glob('*.py')} - {'__init__', '_modidx', 'all'}
-    assert modules <= set(FLOORS)
+FLOORS = ['.'.join(page_name(path).with_suffix('').parts) for room in rooms() if room != 'tutorials' for path in notebooks_of(room)]
+
+
+@pytest.mark.parametrize('module', FLOORS)
+def test_modules_import_downwards_only(module):
+    assert set(imported(module)) - {'_moved'} <= set(FLOORS[: FLOORS.index(module)])
+
+
+def test_every_module_has_a_room():
+    package = ROOT / 'bnfreeze_fastai'
+    modules = {'.'.join(p.relative_to(package).with_suffix('').parts) for p in package.rglob('*.py')}
+    assert {m for m in modules if not m.endswith('__init__')} - {'_modidx', '_moved', 'all'} == set(FLOORS)
+
+
+@pytest.mark.parametrize('module', FLOORS)
+def test_modules_are_short(module):
+    assert len((ROOT / 'bnfreeze_fastai' / f"{module.replace('.', '/')}.py").read_text(encoding='utf-8').splitlines()) <= 200
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)

@@ -5,8 +5,9 @@ from conftest import *
 from test_precompute import small, train
 from torch import nn
 
-from bnfreeze_fastai.fixed import fingerprint
-from bnfreeze_fastai.restore import evaluating, plain_parts
+from bnfreeze_fastai.utils.tensors import fingerprint
+from bnfreeze_fastai.utils.restore import evaluating
+from bnfreeze_fastai.utils.tensors import plain_parts
 from bnfreeze_fastai.trials import trial_copy
 
 

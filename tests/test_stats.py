@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
-from bnfreeze_fastai.core import bn_layers, bn_mode, norm_layers, set_bn_mode
+from bnfreeze_fastai.core import bn_mode, set_bn_mode
+from bnfreeze_fastai.layers import bn_layers, norm_layers
 from bnfreeze_fastai.observe import Observer, observe
 from bnfreeze_fastai.stats import bn_drift, bn_shift, recalibrate_bn, snapshot
 

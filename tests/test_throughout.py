@@ -9,7 +9,7 @@ from fastai.learner import load_learner
 from fastai.torch_core import trainable_params
 from torch import nn
 
-from bnfreeze_fastai.policy import pretrained_norms
+from bnfreeze_fastai.freeze.groups import Groups, pretrained_norms
 from bnfreeze_fastai.runs import check_policies, put_policy, run_policy
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained')
@@ -55,7 +55,7 @@ def test_body_keeps_its_mode_once_unfrozen(mode):
         body, head = Body(learn.model[0]), Body(learn.model[1])
         learn.fit(1)
         assert body.moved() - {'others'} == may_move(mode) and head.moved() == {'stats', 'affine', 'others'}
-    assert active_callback(learn).pretrained == NAMES
+    assert active_callback(learn).at.pretrained == NAMES
     assert learn.bn_summary().df['mode'].tolist() == [mode, mode, 'train']
     assert f"bn={mode!r}, bn_above='train', throughout=True; 0 of 2" in repr(learn.bn_summary())
 
@@ -104,7 +104,7 @@ def test_one_group_goes_by_what_was_trained_when_the_policy_was_set():
     for _ in range(2):  # after the first fit the head's statistics are trained as well
         body = Body(learn.model[0])
         learn.fit(1, reset_opt=True)
-        assert body.moved() == {'affine', 'others'} and active_callback(learn).pretrained == NAMES
+        assert body.moved() == {'affine', 'others'} and active_callback(learn).at.pretrained == NAMES
     learn.freeze_to_bn(0, bn='stats-only')  # what is kept includes the names
     assert learn.bn_summary().df['mode'].tolist() == ['stats-only', 'stats-only', 'train']
     learn.freeze_to_bn(0, throughout=True)
@@ -144,7 +144,7 @@ def test_callbacks_and_policies_of_0_1_load():
     assert old != new and pickle.loads(old) == Policy('frozen', 'affine-only', False)
     learn = pretrained(cbs=BatchNormFreeze('stats-only')).freeze_to_bn(-1)
     cb = active_callback(learn)
-    del cb.__dict__['_trained']
+    cb.at.trained = None  # 0.1 did not keep it
     learn.export('old.pkl')
     loaded = load_learner('old.pkl')
     loaded.dls = make_dls()
@@ -289,7 +289,7 @@ def test_put_policy_uses_the_field():
 
 def test_layers_of_all_groups_but_the_last():
     model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(3)))
-    assert pretrained_norms(model, [list(m.parameters()) for m in model]) == ['0.1', '1.1']
+    assert pretrained_norms(Groups(model, [list(m.parameters()) for m in model])) == ['0.1', '1.1']
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from bnfreeze_fastai.compare import bn_compare
 from bnfreeze_fastai.fold import fold_frozen
 from bnfreeze_fastai.fuse import fused_bn, kept_bytes
 from bnfreeze_fastai.plots import plot_differences, plot_score_curves, plot_scores, plot_gains
-from bnfreeze_fastai.policy import Policy
+from bnfreeze_fastai.freeze.policy import Policy
 from bnfreeze_fastai.precompute import precomputed
 from bnfreeze_fastai.stats import bn_drift, bn_shift, moved, recalibrate_bn, snapshot
 
