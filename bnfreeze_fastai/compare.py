@@ -26,7 +26,6 @@ from matplotlib.figure import Figure
 
 from .batches import with_progress, wrong
 from .differences import paired_differences, table_html, table_text
-from .folders import process_folder
 from .plots import plot_differences, plot_scores
 from .policy import Policy, told_policy
 from .restore import kept_rng
@@ -144,7 +143,7 @@ def _check_same_weights(df:pd.DataFrame, rows:list[dict]):
 
 def _collect(todo:list[tuple], policies:dict, results:Results, n_jobs:int|None, **how) -> int: # How many were left undone
     "Run what is to do, and add each run to `results` as it ends"
-    runs = Parallel(n_jobs=n_jobs, return_as='generator_unordered', temp_folder=process_folder())(
+    runs = Parallel(n_jobs=n_jobs, return_as='generator_unordered', max_nbytes=None)( # no arrays in files, which a kill would leave
         delayed(_run)(name, seed, policy=policies[name], **how) for name,seed in todo)
     done = 0
     try:

@@ -29,7 +29,6 @@ from .batches import with_progress
 from .compare import check_training
 from .core import bn_layers, keeps_stats, norm_layers
 from .differences import table_html, table_text
-from .folders import process_folder
 from .frozen_part import refuse_setting
 from .loaders import batch_size, check_loader, in_order, n_samples
 from .plots import plot_gains
@@ -200,7 +199,7 @@ def bn_find(self:Learner,
     check_training(epochs, fit, -1, lr)
     _check_loaders(self)
     n_batches(self)
-    with kept_rng(*self.dls.loaders), TemporaryDirectory(dir=process_folder()) as folder:
+    with kept_rng(*self.dls.loaders), TemporaryDirectory() as folder:
         look = trial_copy(self, Path(folder))
         _check_model(look)
         run = _as_run(look, fit, int(epochs), lr)

@@ -17,7 +17,6 @@ FLOORS = [
     'core',
     'restore',
     'ranks',
-    'folders',
     'moments',
     'batches',
     'observe',
