@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 from conftest import *
 
-from bnfreeze_fastai.architectures import make_model, read_weights
+from bnfreeze_fastai.vision import make_model, read_weights
 from bnfreeze_fastai.results import Results, write_whole
 
 RAN = Path('ran')

@@ -44,14 +44,14 @@ FLOORS = [
     'drift',
     'digits',
     'learner',
+    'policies',
     'runs',
     'results',
     'rules',
     'trials',
     'compare',
     'find',
-    'images',
-    'architectures',
+    'vision',
     'cli',
 ]  # each may import those before it
 
