@@ -135,8 +135,8 @@ def _check_same_weights(df:pd.DataFrame, rows:list[dict]):
 
 def _collect(todo:list[tuple], policies:dict, results:Results, n_jobs:int|None, **how) -> int: # How many were left undone
     "Run what is to do, and add each run to `results` as it ends"
-    runs = Parallel(n_jobs=n_jobs, return_as='generator_unordered', max_nbytes=None)( # arrays in files would be read-only, and stay after a kill
-        delayed(_run)(name, seed, policy=policies[name], **how) for name,seed in todo)
+    parallel = Parallel(n_jobs=n_jobs, return_as='generator_unordered', max_nbytes=None) # in files, arrays are read-only
+    runs = parallel(delayed(_run)(name, seed, policy=policies[name], **how) for name,seed in todo)
     done = 0
     try:
         for rows in with_progress(runs, len(todo), True):

@@ -17,9 +17,9 @@ from pathlib import Path
 from runpy import run_path
 
 import torch, torchvision
-from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, IndexSplitter, Learner, Normalize, RandomSplitter,
-                               Resize, ResizeMethod, accuracy, create_timm_model, create_vision_model, default_split, get_image_files,
-                               imagenet_stats, model_meta, parent_label, verify_images)
+from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, IndexSplitter, Learner, Normalize,
+                               RandomSplitter, Resize, ResizeMethod, accuracy, create_timm_model, create_vision_model, default_split,
+                               get_image_files, imagenet_stats, model_meta, parent_label, verify_images)
 from torch import Tensor, nn
 
 from .restore import evaluating, kept_rng
@@ -147,8 +147,8 @@ def _load(model:nn.Module, weights:Mapping[str, Tensor], body:set):
     own = model.state_dict(keep_vars=True)
     fits = {k: v for k,v in weights.items() if k in own and v.shape == own[k].shape}
     needed = [k for k,t in own.items() if t in body and not k.endswith('num_batches_tracked')]
-    in_file = lambda k: f'{tuple(weights[k].shape)} in the file, {tuple(own[k].shape)} in the network' if k in weights else 'not in the file'
-    if missing := [f'\n  {k}: {in_file(k)}' for k in needed if k not in fits]:
+    shapes = lambda k: f'{tuple(weights[k].shape)} in the file, {tuple(own[k].shape)} in the network'
+    if missing := [f'\n  {k}: {shapes(k) if k in weights else "not in the file"}' for k in needed if k not in fits]:
         extra = ', '.join([k for k in weights if k not in own][:12])
         raise ValueError(f"The weights do not fit the network ({len(missing)} of {len(needed)} tensors):{''.join(missing[:12])}" +
                          '\n  …'*(len(missing) > 12) + (f'\nOnly in the file: {extra}' if extra else ''))
