@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['COMMANDS', 'demo', 'compare', 'find', 'main']
 
 # %% ../nbs/08_cli.ipynb #c7a6d12b
-import os, sys
+import sys
 from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
@@ -62,25 +62,22 @@ def _task(data:str, arch:str, weights:str, size:int, bs:int, valid_pct:float, sk
     _check_range('size', size, 8)
     if not data: raise ValueError("DATA is empty: give a folder")
     _check_range('bs', bs, 1)
-    from bnfreeze_fastai.architectures import check_architecture, image_learner, make_model
-    from bnfreeze_fastai.images import find_images
+    from bnfreeze_fastai.vision import check_architecture, classes_of, find_images, image_learner, make_model
     check_architecture(arch)
-    images = find_images(data, valid_pct, skip_unreadable)
-    make_model(arch, weights, len(images.classes), size) # before the first run
+    train,valid = images = find_images(data, valid_pct, skip_unreadable)
+    make_model(arch, weights, len(classes_of(train)), size) # before the first run
     read = [Path(p) for p in (weights, arch.rpartition(':')[0]) if Path(p).is_file()]
     weights = str(Path(weights).resolve()) if Path(weights).is_file() else weights
-    settings = dict(data=str(Path(data).resolve()), images=len(images.files), images_hash=_hash(images.files), classes=images.classes,
-                    training_images=images.n_train, valid_pct=valid_pct, arch=arch, weights=weights, network_hash=_hash(read),
-                    size=size, bs=bs,
+    settings = dict(data=str(Path(data).resolve()), images=len(train+valid), images_hash=_hash(train+valid), classes=classes_of(train),
+                    training_images=len(train), valid_pct=valid_pct, arch=arch, weights=weights, network_hash=_hash(read), size=size, bs=bs,
                     versions={name: version(name) for name in ('bnfreeze_fastai', 'fastai', 'torch')})
     return partial(image_learner, images, arch, weights, size, bs, num_workers),settings
 
-def _check_folder(out:str) -> Path:
-    path = Path(out)
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not out or not there.is_dir(): raise ValueError(f"--out {out!r}: {there if out else 'this'} is a file or nothing; give a folder")
-    if not os.access(there, os.W_OK): raise ValueError(f"--out {out}: {there} cannot be written to; choose another folder")
-    return path
+def _out_folder(out:str) -> Path:
+    from bnfreeze_fastai.results import check_folder
+    if not out: raise ValueError("--out is empty: give a folder")
+    check_folder(Path(out))
+    return Path(out)
 
 def _hash(files:Iterable[Path]) -> str: return xxh3_128_hexdigest(b''.join(xxh3_128_digest(p.read_bytes()) for p in files))
 
@@ -114,13 +111,13 @@ def compare(
 ) -> None:
     "Train every batch norm policy in full on a folder of images, and say which differ"
     from bnfreeze_fastai.compare import bn_compare, check_training
-    from bnfreeze_fastai.runs import check_policies
+    from bnfreeze_fastai.policies import check_policies
     if not isinstance(modes, str): raise ValueError(f"--modes {modes!r}: give policies in one text, with commas between")
     policies = list(check_policies([m.strip() for m in modes.split(',')]))
     check_training(epochs, fit, freeze_to, lr)
     _check_range('seeds', seeds, 1)
     _check_range('jobs', jobs, 1)
-    path = _check_folder(out)
+    path = _out_folder(out)
     get_learner,settings = _task(data, arch, weights, size, bs, valid_pct, skip_unreadable, None if jobs == 1 else 0)
     compared = bn_compare(get_learner, policies, epochs, seeds, fit, freeze_to, lr, n_jobs=jobs,
                           results=path/'results.csv', settings=settings)
@@ -151,7 +148,7 @@ def find(
     from bnfreeze_fastai.runs import new_learner
     from bnfreeze_fastai.compare import check_training
     check_training(epochs, fit, freeze_to, lr)
-    path = _check_folder(out)
+    path = _out_folder(out)
     get_learner,settings = _task(data, arch, weights, size, bs, valid_pct, skip_unreadable, None)
     learn = new_learner(get_learner, 0)
     learn.freeze_to_bn(freeze_to)

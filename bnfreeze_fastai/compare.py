@@ -14,7 +14,6 @@ __all__ = ['Comparison', 'check_training', 'bn_compare']
 
 # %% ../nbs/07_compare.ipynb #d32055dc
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,11 @@ from matplotlib.figure import Figure
 
 from .batches import with_progress, wrong
 from .differences import paired_differences, table_html, table_text
-from .folders import process_folder
 from .plots import plot_differences, plot_scores
-from .freeze.policy import Policy, told_policy
+from .policies import Policies, check_policies, in_words, is_function, put_policy
 from .utils.restore import kept_rng
 from .results import COLUMNS, Results
-from .runs import (FITS, Fit, Policies, as_seeds, check_epochs, check_lr, check_policies, is_function, n_batches,
-                                  new_learner, put_policy, run_policy, weights_hash)
+from .runs import FITS, Fit, as_seeds, check_epochs, check_lr, n_batches, new_learner, run_policy, weights_hash
 
 # %% ../nbs/07_compare.ipynb #97f47646
 class Comparison:
@@ -107,7 +104,7 @@ def check_training(
 
 def _settings(policies:dict, how:dict, more:Mapping|None, results) -> dict:
     "What the runs are runs of; `ValueError` for what cannot be told"
-    told = {**how, 'fit': _told(how['fit']), 'policies': {name: _told(policy) for name,policy in policies.items()}}
+    told = {**how, 'fit': in_words(how['fit']), 'policies': {name: in_words(policy) for name,policy in policies.items()}}
     if more is not None and (not isinstance(more, Mapping) or set(more) & set(told)):
         raise ValueError(f"`settings` is a dict without the keys {sorted(told)}, which are told already, not {more!r}.")
     if results is not None and '<lambda>' in f"{told['policies']}{told['fit']}":
@@ -124,12 +121,6 @@ def _try_first(get_learner:Callable, policies:dict, df:pd.DataFrame, seed:int, f
     for policy in policies.values():
         if not callable(policy): put_policy(learn, policy, freeze_to)
 
-def _told(policy) -> str:
-    "A policy as the settings have it; a function by name, as nothing tells what it does"
-    if isinstance(policy, partial): return f'{_told(policy.func)} with some arguments given'
-    if hasattr(policy, '__qualname__'): return f'function {policy.__qualname__}'
-    return told_policy(policy) if isinstance(policy, Policy) else str(policy)
-
 # %% ../nbs/07_compare.ipynb #244d24f7
 def _run(name:str, seed:int, **how) -> list[dict]:
     try: return [dict(policy=name, seed=seed, **row) for row in run_policy(seed=seed, **how)]
@@ -144,8 +135,8 @@ def _check_same_weights(df:pd.DataFrame, rows:list[dict]):
 
 def _collect(todo:list[tuple], policies:dict, results:Results, n_jobs:int|None, **how) -> int: # How many were left undone
     "Run what is to do, and add each run to `results` as it ends"
-    runs = Parallel(n_jobs=n_jobs, return_as='generator_unordered', temp_folder=process_folder())(
-        delayed(_run)(name, seed, policy=policies[name], **how) for name,seed in todo)
+    parallel = Parallel(n_jobs=n_jobs, return_as='generator_unordered', max_nbytes=None) # in files, arrays are read-only
+    runs = parallel(delayed(_run)(name, seed, policy=policies[name], **how) for name,seed in todo)
     done = 0
     try:
         for rows in with_progress(runs, len(todo), True):
@@ -164,7 +155,7 @@ def _score(df:pd.DataFrame) -> str:
 
 def bn_compare(
     get_learner:Callable[..., Learner], # Makes a new Learner; it is given `seed` if it has a parameter of that name
-    policies:Policies|None=None, # Names or a dict of policies, see *runs*; `'fastai'` and the four modes if not given
+    policies:Policies|None=None, # Names or a dict of policies, see *policies*; `'fastai'` and the four modes if not given
     epochs:int=5, # Of each run
     seeds:int|Iterable[int]=3, # How many, or which
     fit:Fit='fine_tune', # `'fine_tune'`, `'fit_one_cycle'`, `'fit_flat_cos'`, `'fit'`, or a function of Learner and epochs

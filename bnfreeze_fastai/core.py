@@ -168,5 +168,5 @@ def _warn_unheeded(layers:Mapping[str, nn.Module], holds:Mapping[nn.Module, Hold
 
 # %% ../nbs/02_core.ipynb #837028cc
 def __getattr__(name):
-    from bnfreeze_fastai._moved import moved
-    return moved('core', name)
+    from bnfreeze_fastai import _moved
+    return _moved.moved('core', name)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['bootstrap_interval', 'paired_differences', 'table_text', 'table_html']
+__all__ = ['paired_differences', 'table_text', 'table_html']
 
 # %% ../nbs/04b_differences.ipynb #52d3d364
 from html import escape
@@ -14,20 +14,6 @@ from itertools import combinations
 
 import numpy as np, pandas as pd
 from scipy import stats
-
-# %% ../nbs/04b_differences.ipynb #72cc8eab
-def bootstrap_interval(
-    d:np.ndarray, # One difference per seed, shape (n,) with n ≥ 2
-    level:float=0.95, # Of confidence
-) -> tuple[float, float]: # Lower and upper end; NaN if all differences are the same
-    "Interval for the mean of `d`: the percentile bootstrap, stretched to hold its level with few seeds"
-    d = np.asarray(d, float)
-    if len(d) < 2: raise ValueError(f"An interval needs two values or more, not {len(d)}.")
-    if np.isclose(np.ptp(d), 0): return np.nan,np.nan # no spread tells nothing of the spread, as of a score with few values
-    n,mean = len(d),d.mean()
-    plain = stats.bootstrap((d,), np.mean, confidence_level=0.95, method='percentile', rng=0).confidence_interval
-    stretch = np.sqrt(n/(n-1)) * stats.t.ppf((1+level)/2, n-1) / stats.norm.ppf(0.975)
-    return tuple(float(mean + stretch*(end-mean)) for end in plain)
 
 # %% ../nbs/04b_differences.ipynb #af163a2e
 def _verdict(d:np.ndarray, low:float, high:float) -> str:
@@ -47,8 +33,8 @@ def paired_differences(
     def compare(a, b):
         seeds = scores[a].index.intersection(scores[b].index)
         d = (scores[a][seeds] - scores[b][seeds]).to_numpy()
-        enough = len(d) > 1 and np.isfinite(d).all() and (d != 0).any()
-        low,high = bootstrap_interval(d, 1 - 0.05/len(pairs)) if enough else (np.nan, np.nan)
+        spread = len(d) > 1 and np.isfinite(d).all() and not np.isclose(np.ptp(d), 0) # without it, nothing tells of chance
+        low,high = stats.t.interval(1 - 0.05/len(pairs), len(d)-1, d.mean(), stats.sem(d)) if spread else (np.nan, np.nan)
         return dict(a=a, b=b, difference=d.mean() if len(d) else np.nan, low=low, high=high, seeds=len(d), verdict=_verdict(d, low, high))
     columns = ['a', 'b', 'difference', 'low', 'high', 'seeds', 'verdict']
     return pd.DataFrame([compare(*pair) for pair in pairs], columns=columns)

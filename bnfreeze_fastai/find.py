@@ -29,31 +29,18 @@ from .batches import with_progress
 from .compare import check_training
 from .layers import bn_layers, keeps_stats, norm_layers
 from .differences import table_html, table_text
-from .folders import process_folder
 from .frozen_part import refuse_setting
-from .loaders import batch_size, check_loader, in_order, n_samples
+from .loaders import batch_size, check_loader, n_samples
 from .plots import plot_gains
-from .freeze.groups import Groups, frozen_groups
-from .utils.restore import kept_rng, reseed
+from .policies import put_policy
+from .freeze.groups import Groups, frozen_groups, pretrained_norms
+from .utils.restore import kept_rng
 from .rules import TRIED, advantages, choose, expected_gains, phase_of, rule
-from .runs import n_batches, pretrained_layers, put_policy
-from .trials import compress_momentum, scores, short_fit, trial_copy
+from .runs import n_batches
+from .trials import VALID, FullRun, Trial, few_samples, scores, short_fit, trial_copy, try_policy
 
 # %% ../nbs/07b_find.ipynb #23ca940b
-_SHARE,_SHORTEST,_VALID = 0.4,4,500 # of the batches of one full run; batches of a trial; samples to validate on
-
-class _Run(NamedTuple):
-    "The full run that a search is about"
-    fit:str # Method that trains
-    epochs:int
-    lr:float|slice|None
-    freeze_to:int # Freeze point at its start
-    phase:str # One of `PHASES`
-    bs:int # Samples in a training batch
-    batches:int # Of all epochs
-
-    @property
-    def trial_batches(self) -> int: return int(_SHARE*self.batches/len(TRIED[self.phase]))
+_SHARE,_SHORTEST = 0.4,4 # of the batches of one full run, for all trials; batches of a trial
 
 def _rates(trial:Learner, fit:str, lr:float|slice|None, frozen:list[bool]) -> tuple[float, float]: # In the pretrained part, and of the head
     if fit == 'fine_tune': lr,frozen = slice(1e-4, 0.01),[False]*len(frozen) # a hundredth, whatever the rate is, and nothing frozen at last
@@ -62,11 +49,12 @@ def _rates(trial:Learner, fit:str, lr:float|slice|None, frozen:list[bool]) -> tu
     body = [r for r,is_frozen in list(zip(rates, frozen))[:-1] if not is_frozen] if len(rates) > 1 else rates
     return max(body, default=0.),rates[-1]
 
-def _as_run(trial:Learner, fit:str, epochs:int, lr:float|slice|None) -> _Run: # `trial` is a copy, with an optimizer
+def _as_run(trial:Learner, fit:str, epochs:int, lr:float|slice|None) -> tuple[FullRun, str]: # And its phase
+    "`trial` is a copy, with an optimizer"
     frozen = frozen_groups(Groups(trial.model, trial.opt.param_lists), trial.opt.frozen_idx)
-    dl,n_train = trial.dls.train,n_batches(trial)[0]
-    return _Run(fit, epochs, lr, -1 if fit == 'fine_tune' else sum(frozen), phase_of(*_rates(trial, fit, lr, frozen)),
-                batch_size(dl), n_train*(epochs + (fit == 'fine_tune')))
+    tuned = fit == 'fine_tune' # an epoch more, with all but the head frozen
+    run = FullRun(fit, epochs, lr, -1 if tuned else sum(frozen), n_batches(trial)[0]*(epochs+tuned))
+    return run,phase_of(*_rates(trial, fit, lr, frozen))
 
 # %% ../nbs/07b_find.ipynb #ac14b0e6
 class Found(NamedTuple):
@@ -113,7 +101,7 @@ class Found(NamedTuple):
 def _check_model(trial:Learner):
     layers = norm_layers(trial.model)
     if not bn_layers(trial.model): raise ValueError("There is nothing to choose: the model has no batch norm.")
-    if any(keeps_stats(layers[n]) for n in pretrained_layers(trial)): return
+    if any(keeps_stats(layers[n]) for n in pretrained_norms(trial.model, trial.opt.param_lists)): return
     raise ValueError("There is nothing to choose: no batch norm layer with running statistics came with pretrained weights. A new head's "
                      "statistics mean nothing yet, so it trains.")
 
@@ -123,66 +111,42 @@ def _check_loaders(learn:Learner):
         if getattr(dl, 'persistent_workers', False):
             raise ValueError(f"The {name} loader keeps its workers, with random numbers of their own that could not be given back: make it "
                              "with `persistent_workers=False`.")
-
-def _valid(learn:Learner, n:int=_VALID): # A loader
-    "The same random samples each time"
-    dl = learn.dls.valid
-    return in_order(dl, sorted(np.random.default_rng(0).permutation(n_samples(dl))[:n].tolist()))
+    n_batches(learn)
 
 def _why_no_gain(trial:Learner) -> str|None: # In words; `None` for a task that the rows are about
-    try: scores(trial, _valid(trial, 2))
+    try: scores(trial, few_samples(trial, 2))
     except ValueError as e: return f"{e}, and the gains that were measured are in accuracy."
 
 # %% ../nbs/07b_find.ipynb #87ba7bf1
-class _Tried(NamedTuple):
-    "A trial, and what it took"
-    loss:float
-    accuracy:float # From 0 to 1
-    train_seconds:float # Of its batches
-    valid_seconds:float # Of its validation samples
-
-def _try(learn:Learner, policy:str, run:_Run, n:int, folder:Path) -> _Tried:
-    "Train a copy under `policy` on `n` batches"
-    trial = trial_copy(learn, folder)
-    put_policy(trial, policy, run.freeze_to)
-    compress_momentum(trial.model, n, run.batches)
-    reseed(0, *learn.dls.loaders)
-    start = time.perf_counter()
-    with trial.no_bar(), trial.no_logging(): short_fit(trial, run.fit, run.epochs, n, run.lr)
-    trained = time.perf_counter()
-    return _Tried(*scores(trial, _valid(learn)), trained-start, time.perf_counter()-trained)
-
-def _announce(look:Learner, run:_Run, n:int):
+def _announce(look:Learner, run:FullRun, names:tuple[str, ...], n:int):
     "Say what the trials will take, by two batches on a copy that nobody needs any more"
     start = time.perf_counter()
-    with look.no_bar(), look.no_logging(): short_fit(look, 'fit', 1, 2, run.lr)
-    seconds = (time.perf_counter()-start)/2 * n*len(TRIED[run.phase])
-    print(f"{len(TRIED[run.phase])} trials of {n} batches, {_SHARE:.0%} of the batches of one full run: about {seconds:.0f} s, and what "
-          "validation takes.")
+    short_fit(look, run._replace(fit='fit', epochs=1), 2)
+    seconds = (time.perf_counter()-start)/2 * n*len(names)
+    print(f"{len(names)} trials of {n} batches, {_SHARE:.0%} of the batches of one full run: about {seconds:.0f} s, and what validation "
+          "takes.")
 
-def _trials(learn:Learner, look:Learner, run:_Run, folder:Path, show:bool) -> tuple[dict[str, _Tried], str]: # By policy, and what decided
-    names,n = TRIED[run.phase],run.trial_batches
-    if n < _SHORTEST: return {},f"The rule decided: a run of {run.batches} batches is too short to divide into trials."
-    if show: _announce(look, run, n)
-    tried = {name: _try(learn, name, run, n, folder) for name in with_progress(names, None, show)}
+def _trials(learn:Learner, look:Learner, run:FullRun, names:tuple[str, ...], show:bool) -> tuple[dict[str, Trial], str, float]:
+    "By policy; what decided; and the seconds of a full run, by the slowest"
+    n = int(_SHARE*run.batches/len(names))
+    if n < _SHORTEST: return {},f"The rule decided: a run of {run.batches} batches is too short to divide into trials.",nan
+    if show: _announce(look, run, names, n)
+    tried = {name: try_policy(learn, name, run, n, look.path) for name in with_progress(names, None, show)}
     if not any(np.isfinite(t.loss) for t in tried.values()):
         raise RuntimeError("Every trial diverged: look at the loss on one batch, or give a smaller `lr`.")
-    return tried,f"The rule, corrected by trials of {n} batches."
+    validations = run.epochs*max(n_samples(learn.dls.valid)/VALID, 1)
+    seconds = max(t.train_seconds*run.batches/n + t.valid_seconds*validations for t in tried.values())
+    return tried,f"The rule, corrected by trials of {n} batches.",seconds
 
 # %% ../nbs/07b_find.ipynb #0f66f25c
-def _full_seconds(run:_Run, tried:dict[str, _Tried], n:int, n_valid:int) -> float: # NaN without trials
-    of = lambda t: t.train_seconds*run.batches/n + t.valid_seconds*run.epochs*n_valid/min(n_valid, _VALID)
-    return max(map(of, tried.values()), default=nan)
-
-def _found(run:_Run, tried:dict[str, _Tried], why:str, seconds:float, full_seconds:float, tells_gain:bool) -> Found:
+def _suggestion(phase:str, bs:int, tried:dict[str, Trial], tells_gain:bool) -> tuple: # The first fields of `Found`, and its table
     accuracies = {name: t.accuracy for name,t in tried.items()}
-    table = expected_gains(run.phase, run.bs, accuracies)
+    table = expected_gains(phase, bs, accuracies)
     if not tells_gain: table[['alone', 'expected', 'low', 'high']] = nan
     of_trials = pd.DataFrame([(name, t.loss, t.accuracy) for name,t in tried.items()], columns=['policy', 'loss', 'accuracy'])
     table = table.merge(of_trials, how='left', on='policy')
-    best = choose(advantages(run.phase, run.bs, accuracies), run.phase, run.bs, accuracies)
-    gain = table.set_index('policy').loc[best, ['expected', 'low', 'high']]
-    return Found(best, *map(float, gain), rule(run.phase, run.bs), why, table, seconds, full_seconds, run.freeze_to)
+    best = choose(advantages(phase, bs, accuracies), phase, bs, accuracies)
+    return best,*map(float, table.set_index('policy').loc[best, ['expected', 'low', 'high']]),rule(phase, bs),table
 
 # %% ../nbs/07b_find.ipynb #1989734e
 @patch
@@ -199,14 +163,13 @@ def bn_find(self:Learner,
         raise ValueError(f"`fit` is the name of a method that trains, not {fit!r:.60}: for a function of your own, see `bn_compare`.")
     check_training(epochs, fit, -1, lr)
     _check_loaders(self)
-    n_batches(self)
-    with kept_rng(*self.dls.loaders), TemporaryDirectory(dir=process_folder()) as folder:
+    with kept_rng(*self.dls.loaders), TemporaryDirectory() as folder:
         look = trial_copy(self, Path(folder))
         _check_model(look)
-        run = _as_run(look, fit, int(epochs), lr)
-        no_gain = _why_no_gain(look)
-        tried,why = ({},f"The rule decided: {no_gain}") if no_gain else _trials(self, look, run, Path(folder), hasattr(self, 'progress'))
-    full = _full_seconds(run, tried, run.trial_batches, n_samples(self.dls.valid))
-    found = _found(run, tried, why, time.perf_counter()-start, full, not no_gain)
+        run,phase = _as_run(look, fit, int(epochs), lr)
+        if no_gain := _why_no_gain(look): tried,why,full = {},f"The rule decided: {no_gain}",nan
+        else: tried,why,full = _trials(self, look, run, TRIED[phase], hasattr(self, 'progress'))
+    *best,table = _suggestion(phase, batch_size(self.dls.train), tried, not no_gain)
+    found = Found(*best, why, table, time.perf_counter()-start, full, run.freeze_to)
     if plot: found.plot()
     return found

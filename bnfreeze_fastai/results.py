@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['GROWING', 'NAN', 'COLUMNS', 'write_whole', 'write_json', 'as_json', 'Results']
+__all__ = ['GROWING', 'COLUMNS', 'write_whole', 'write_json', 'check_folder', 'Results']
 
 # %% ../nbs/06b_results.ipynb #30a393f4
 import json, os
 from collections.abc import Mapping
 from contextlib import suppress
+from io import StringIO
 from pathlib import Path
 
-import pandas as pd
+import numpy as np, pandas as pd
 
 # %% ../nbs/06b_results.ipynb #0bfe8777
 def write_whole(
@@ -25,7 +26,7 @@ def write_whole(
     part = path.with_name(path.name + '.part')
     part.unlink(missing_ok=True) # of a process that was killed, or a link that somebody laid there
     try:
-        with open(part, 'x', encoding='utf-8') as f:
+        with open(part, 'x', encoding='utf-8', newline='') as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
@@ -44,41 +45,37 @@ def write_json(
     write_whole(path, json.dumps(settings, indent=2, ensure_ascii=False) + '\n')
 
 # %% ../nbs/06b_results.ipynb #ce8caf48
-GROWING,NAN = 'policies','nan'
+GROWING = 'policies'
 COLUMNS = ('policy', 'seed', 'epoch', 'train_loss', 'valid_loss', 'stats_moved', 'affine_moved', 'seconds', 'precomputed', 'weights')
+_KINDS = dict(policy=str, seed=np.int64, epoch=np.int64, precomputed='True'.__eq__, weights=str) # all others are floats
 
-def as_json(
-    settings:Mapping, # Anything
-) -> dict:
-    "What JSON gives back of `settings`; what it does not know counts as it prints"
-    return json.loads(json.dumps(settings, default=str))
+def _as_text(df:pd.DataFrame) -> str: return df.to_csv(index=False, na_rep='nan', lineterminator='\n')
 
-def _typed(df:pd.DataFrame) -> pd.DataFrame:
-    "Numbers for the text that stands for them, exactly: the parser of pandas 2 loses the last bit of many"
-    as_is = lambda v: v
-    kinds = dict(policy=as_is, weights=as_is, seed=int, epoch=int, precomputed={'True': True, 'False': False}.__getitem__)
-    def typed(c):
-        try: return [kinds.get(c, float)(v) for v in df[c]]
-        except (KeyError, TypeError, ValueError): raise ValueError(f'no numbers in {c!r}') from None
-    return df.assign(**{c: typed(c) for c in df})
+def _from_text(text:str) -> pd.DataFrame:
+    df = pd.read_csv(StringIO(text), dtype=str, keep_default_na=False)
+    if missing := set(COLUMNS) - set(df): raise ValueError(f'there are no columns {sorted(missing)}')
+    df = df.assign(**{c: list(map(_KINDS.get(c, float), df[c])) for c in df})
+    if _as_text(df) != text or df.empty or '' in set(df['weights']): raise ValueError('it was cut off or changed')
+    if (df['epoch'] != df.groupby(['policy', 'seed']).cumcount()).any(): raise ValueError('a run is not there once, from its start')
+    return df
 
-def _wrong(text:str, df:pd.DataFrame, old) -> str|None: # In words
-    "What shows that a file was not written here, or not in full"
-    if missing := set(COLUMNS) - set(df.columns): return f'there are no columns {sorted(missing)}'
-    if not text.endswith('\n') or (df['weights'].fillna('') == '').any(): return 'it was cut off'
-    if df.empty: return 'there are no runs'
-    if (df[['seed', 'epoch']].dtypes != 'int64').any(): return 'a seed or an epoch is too large'
-    runs = df.groupby(['policy', 'seed'])['epoch']
-    if any(list(e) != list(range(len(e))) for _,e in runs): return 'a run is not there once, from its start'
-    if not isinstance(old, dict) or not isinstance(old.get(GROWING), dict): return 'the settings are no settings'
-    if others := sorted(set(df['policy']) - set(old[GROWING])): return f'the settings have no policies {others}'
-
-def _differing(old:dict, new:dict) -> list[str]: # What differs, in words
+# %% ../nbs/06b_results.ipynb #e7431cde
+def _differing(old:dict, new:dict) -> str: # In words
+    a,b = old[GROWING],new.get(GROWING, {})
     told = lambda where,k: repr(where[k]) if k in where else 'not set'
-    tell = lambda a,b,keys,of='': [f'{of}{k} ({told(a, k)} there, {told(b, k)} now)' for k in keys if a.get(k) != b.get(k)]
-    shared = old[GROWING].keys() & new.get(GROWING, {}).keys()
-    others = sorted((old.keys() | new.keys()) - {GROWING})
-    return tell(old, new, others) + tell(old[GROWING], new.get(GROWING, {}), sorted(shared), 'policy ')
+    tell = lambda a,b,keys,of='': [f'{of}{k} ({told(a, k)} there, {told(b, k)} now)' for k in sorted(keys) if a.get(k) != b.get(k)]
+    return '; '.join(tell(old, new, {*old, *new} - {GROWING}) + tell(a, b, a.keys() & b.keys(), 'policy '))
+
+# %% ../nbs/06b_results.ipynb #50568314
+def check_folder(
+    folder:Path, # It may be made later
+) -> None:
+    "Raise `ValueError` if files could not be written there"
+    path = folder.absolute()
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK): return
+    raise ValueError(f"Nothing can be written to {folder}: {there} is {'read-only' if there.is_dir() else 'a file'}; give a folder that "
+                     "can be written to.")
 
 # %% ../nbs/06b_results.ipynb #a7c1da5b
 class Results:
@@ -88,7 +85,8 @@ class Results:
         settings:Mapping, # What the runs are runs of
         resume:bool=True, # Go on from the runs in the file, if there are any? Else they are replaced
     ):
-        self.path,self.settings,self.df = None if path is None else Path(path),as_json(settings),pd.DataFrame()
+        self.path,self.df = None if path is None else Path(path),pd.DataFrame()
+        self.settings = json.loads(json.dumps(settings, default=str))
         if self.path is None: return
         if self.path.suffix != '.csv': raise ValueError(f"The results file has to end in .csv, not {self.path.name}.")
         if resume and self.path.exists(): self.df = self._read()
@@ -97,14 +95,14 @@ class Results:
         beside = self.path.with_suffix('.json')
         try:
             old = json.loads(beside.read_text(encoding='utf-8'))
-            df = _typed(pd.read_csv(self.path, dtype=str, keep_default_na=False))
-            if wrong := _wrong(self.path.read_text(encoding='utf-8'), df, old): raise ValueError(wrong)
-        except (OSError, ValueError, RecursionError) as e:
+            df = _from_text(self.path.read_bytes().decode('utf-8'))
+            if others := set(df['policy']) - {*old[GROWING].keys()}: raise ValueError(f'the settings have no policies {sorted(others)}')
+        except Exception as e: # anything may be in them
             raise ValueError(f"{self.path} does not go with settings in {beside} ({e}): give another file, or `resume=False` to "
                              "replace it.") from e
         if differing := _differing(old, self.settings):
-            raise ValueError(f"The runs in {self.path} have other settings: {'; '.join(differing)}. Give another file "
-                             "(another `--out` on the command line), or `resume=False` to replace them.")
+            raise ValueError(f"The runs in {self.path} have other settings: {differing}. Give another file (another `--out` on the "
+                             "command line), or `resume=False` to replace them.")
         self.settings[GROWING] = {**old[GROWING], **self.settings.get(GROWING, {})}
         return df
 
@@ -112,10 +110,7 @@ class Results:
         "Raise `ValueError` if runs could not be added"
         if self.path is None: return
         if self.path.is_dir(): raise ValueError(f"Results cannot be written to {self.path}, which is a folder. Give a file in it.")
-        there = next(p for p in self.path.absolute().parents if p.exists())
-        if there.is_dir() and os.access(there, os.W_OK | os.X_OK): return
-        raise ValueError(f"Results cannot be written to {self.path}: {there} is {'read-only' if there.is_dir() else 'a file'}. Give a file "
-                         "in another folder.")
+        check_folder(self.path.parent)
 
     def has(self,
         policy:str, # Name
@@ -133,4 +128,4 @@ class Results:
         if self.path is None: return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path.with_suffix('.json'), self.settings)
-        write_whole(self.path, self.df.to_csv(index=False, na_rep=NAN))
+        write_whole(self.path, _as_text(self.df))

@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['FASTAI', 'CONVERTED', 'AnyPolicy', 'Policies', 'Fit', 'FITS', 'is_function', 'check_policies', 'pretrained_layers',
-           'put_policy', 'check_epochs', 'check_lr', 'as_seeds', 'weights_hash', 'new_learner', 'n_batches',
-           'EpochRows', 'run_policy']
+__all__ = ['Fit', 'FITS', 'check_epochs', 'check_lr', 'as_seeds', 'weights_hash', 'new_learner', 'n_batches', 'EpochRows',
+           'run_policy']
 
 # %% ../nbs/06a_runs.ipynb #c16d4300
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from math import inf
@@ -27,101 +26,33 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from xxhash import xxh3_128_hexdigest
 
-import bnfreeze_fastai.learner # patches `freeze_to_bn` and `precompute` in
+import bnfreeze_fastai.learner # patches `precompute` in
 from .batches import wrong
-from .freeze.callback import BatchNormFreeze, active_callback
-from .layers import MODES, named_tensors
+from .layers import named_tensors
 from .utils.tensors import fingerprint
+from .policies import AnyPolicy, is_function, put_policy
 from .freeze.groups import Groups, pretrained_norms
-from .freeze.policy import ModeSpec, Policy, check_policy
 from .utils.restore import reseed
 from .stats import Snapshot, moved, snapshot
-
-# %% ../nbs/06a_runs.ipynb #6dccf390
-FASTAI,CONVERTED = 'fastai','converted'
-AnyPolicy = str|Policy|Callable[[Learner], Any] # a mode, `FASTAI` or `CONVERTED`, a policy, or a function that does what it likes
-Policies = Iterable[str]|Mapping[str, AnyPolicy|Mapping[str, ModeSpec]] # such names, or own names to policies, which may be dicts
-
-# %% ../nbs/06a_runs.ipynb #029d80b3
-def is_function(
-    o, # Anything
-) -> bool:
-    "Whether `o` can be called, other than a Learner, a callback, a model, or a method of a Learner that exists already"
-    return callable(o) and not any(isinstance(x, (Learner, Callback, nn.Module)) for x in (o, getattr(o, '__self__', None)))
-
-def _check_one(name:str, policy) -> AnyPolicy:
-    if is_function(policy): return policy
-    if isinstance(policy, Policy): return check_policy(policy)
-    if isinstance(policy, Mapping):
-        if unknown := set(policy) - set(Policy._fields):
-            raise ValueError(f"Policy {name!r} has the unknown keys {sorted(unknown)}: choose from {list(Policy._fields)}.")
-        return check_policy(Policy(**policy))
-    if isinstance(policy, str) and policy in (FASTAI, *MODES, CONVERTED): return policy
-    raise ValueError(f"{policy!r:.60} is no policy: give {FASTAI!r}, one of the modes {list(MODES)}, {CONVERTED!r}, a dict with keys among "
-                     f"{list(Policy._fields)}, or a function of the Learner.")
-
-def _is_one(policies:Mapping) -> bool:
-    "Whether the keys are those of one policy; `throughout` alone may be a name too"
-    keys = set(policies)
-    return bool(keys) and keys <= set(Policy._fields) and (keys != {'throughout'} or isinstance(policies['throughout'], bool))
-
-def check_policies(
-    policies:Policies|None, # Modes, `'fastai'`, `'converted'`, or a dict of names to policies; without `'converted'` if not given
-) -> dict[str, AnyPolicy]: # Name to policy
-    "Policies by name; `ValueError` for one that is not known, or if there are none"
-    if policies is None: policies = (FASTAI, *MODES)
-    if isinstance(policies, str): policies = [policies]
-    if isinstance(policies, Policy) or isinstance(policies, Mapping) and _is_one(policies):
-        raise ValueError(f"`policies` is one policy, {policies!r}: give it a name, as in `policies={{'mine': {policies!r}}}`.")
-    if not isinstance(policies, Iterable):
-        raise ValueError(f"`policies` is a list of names, or a dict of names to policies, not {policies!r}.")
-    named = policies if isinstance(policies, Mapping) else {str(p): p for p in policies}
-    if not named: raise ValueError("There is no policy to run: give one or more, or None for fastai's own and the four modes.")
-    return {str(name): _check_one(name, policy) for name,policy in named.items()}
-
-# %% ../nbs/06a_runs.ipynb #7776844c
-def pretrained_layers(
-    learn:Learner, # With an optimizer
-) -> list[str]: # Dotted names
-    "The norm layers that came with the weights, by `pretrained_norms`"
-    return pretrained_norms(Groups(learn.model, learn.opt.param_lists))
-
-def put_policy(
-    learn:Learner, # A `BatchNormFreeze` that it has loses its schedule, or is taken off
-    policy:AnyPolicy, # From `check_policies`
-    n:int, # Freeze point
-) -> None:
-    "Freeze `learn` to `n` under `policy`; a function finds it frozen"
-    if callable(policy) or policy == FASTAI:
-        learn.remove_cb(BatchNormFreeze)
-        learn.freeze_to(n)
-        return policy(learn) if callable(policy) else None
-    if (cb := active_callback(learn)) is not None: cb.schedule = {}
-    by_name = Policy('train' if policy == CONVERTED else policy, throughout=True) if isinstance(policy, str) else policy
-    learn.freeze_to_bn(n, **by_name._asdict())
-    if policy == CONVERTED: learn.convert_bn()
 
 # %% ../nbs/06a_runs.ipynb #b7e2ecc1
 def check_epochs(
     epochs:int, # Anything
 ) -> None:
     "Raise `ValueError` unless `epochs` is an integer from 1 up"
-    if isinstance(epochs, Integral) and not isinstance(epochs, bool) and epochs >= 1: return
-    raise ValueError(f"`epochs` has to be an integer from 1 up, not {epochs!r}.")
+    if not isinstance(epochs, Integral) or isinstance(epochs, bool) or epochs < 1: raise wrong('epochs', epochs, 'an integer from 1 up')
 
 def check_lr(
     lr:float|slice|None, # Anything
-    also:str='', # What else is allowed, in words
 ) -> None:
     "Raise `ValueError` unless `lr` is a learning rate, a slice of one or two, or `None`"
     rates = [r for r in (lr.start, lr.stop) if r is not None] if isinstance(lr, slice) else [lr]
     if lr is None or rates and all(isinstance(r, Real) and not isinstance(r, bool) and 0 < r < inf for r in rates): return
-    raise ValueError(f"`lr` has to be a number above 0, a slice of such, or None{also}, not {lr!r}.")
+    raise ValueError(f"`lr` has to be a number above 0, a slice of such, or None, not {lr!r}.")
 
 # %% ../nbs/06a_runs.ipynb #30299af7
 def as_seeds(
     seeds:int|Iterable[int], # How many, or which
-    least:int=1, # How many there have to be
 ) -> list[int]:
     "Seeds as a list; `ValueError` if they are too few, negative, or not all different"
     def as_int(s):
@@ -129,8 +60,8 @@ def as_seeds(
         return index(s)
     try: found = list(range(as_int(seeds))) if isinstance(seeds, Integral) else [as_int(s) for s in seeds]
     except TypeError: raise ValueError(f"`seeds` is how many, or which integers; not {seeds!r}.") from None
-    if len(found) < least or not 0 <= min(found) <= max(found) < 2**32 or len(set(found)) < len(found):
-        raise ValueError(f"`seeds` has to be {least} or more, or as many different integers from 0 to 2**32-1, not {seeds!r}.")
+    if not found or not 0 <= min(found) <= max(found) < 2**32 or len(set(found)) < len(found):
+        raise ValueError(f"`seeds` has to be 1 or more, or as many different integers from 0 to 2**32-1, not {seeds!r}.")
     return found
 
 # %% ../nbs/06a_runs.ipynb #46737b44
@@ -223,7 +154,7 @@ def run_policy(
     with learn.no_bar(), learn.no_logging():
         put_policy(learn, policy, freeze_to)
         if learn.opt is None: learn.create_opt()
-        record = EpochRows(since, start, pretrained_layers(learn))
+        record = EpochRows(since, start, pretrained_norms(Groups(learn.model, learn.opt.param_lists)))
         reseed(seed, *learn.dls.loaders)
         with learn.added_cbs(record), _stored_features(learn, precompute and fit in FITS[1:]) as precomputed:
             if callable(fit): fit(learn, epochs)

@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['parameter_groups', 'trial_copy', 'TrainBatches', 'short_fit', 'compress_momentum', 'scores']
+__all__ = ['VALID', 'parameter_groups', 'trial_copy', 'FullRun', 'TrainBatches', 'short_fit', 'compress_momentum', 'scores',
+           'few_samples', 'Trial', 'try_policy']
 
 # %% ../nbs/06d_trials.ipynb #3f4caa74
+import time
 from copy import deepcopy
 from itertools import chain, islice, repeat
 from math import inf, isnan
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
 from fastai.callback.schedule import Learner # with the methods that fit
@@ -26,7 +30,9 @@ from .freeze.callback import BatchNormFreeze
 from .freeze.groups import as_groups
 from .layers import bn_layers
 from .freeze.drift import BatchNormDrift
-from .utils.restore import copied_buffers
+from .loaders import in_order, n_samples
+from .policies import put_policy
+from .utils.restore import copied_buffers, reseed
 
 # %% ../nbs/06d_trials.ipynb #bb857edb
 _SILENT = (ProgressCallback, ShowGraphCallback, CSVLogger, TrackerCallback, Recorder, BatchNormFreeze, BatchNormDrift)
@@ -80,6 +86,14 @@ def trial_copy(
     return trial
 
 # %% ../nbs/06d_trials.ipynb #3b70f224
+class FullRun(NamedTuple):
+    "The run that a trial is a short form of"
+    fit:str # Method that trains: `'fine_tune'`, `'fit_one_cycle'`, …
+    epochs:int
+    lr:float|slice|None # Learning rate; the default of `fit` if `None`
+    freeze_to:int # Freeze point at its start
+    batches:int # Of all epochs
+
 class _Batches(GetAttr):
     "`n` batches of `dl`, over as many epochs as that takes; all else is `dl`'s"
     _default = 'dl'
@@ -95,15 +109,14 @@ class TrainBatches(Callback):
 
 def short_fit(
     learn:Learner,
-    fit:str, # Method that trains: `'fine_tune'`, `'fit_one_cycle'`, …
-    epochs:int, # Of a full run
+    run:FullRun, # To be shortened
     n:int, # Batches to train on
-    lr:float|slice|None=None, # Learning rate; the default of `fit` if not given
 ) -> None:
     "A full run in `n` batches: the same schedule, compressed; `fine_tune` divides them between its two fits as it divides epochs"
-    first = max(round(n/(epochs+1)), 1)
-    lengths = (first, max(n-first, 1)) if fit == 'fine_tune' else (n,)
-    getattr(learn, fit)(1, *([] if lr is None else [lr]), cbs=TrainBatches(*lengths))
+    first = max(round(n/(run.epochs+1)), 1)
+    lengths = (first, max(n-first, 1)) if run.fit == 'fine_tune' else (n,)
+    with learn.no_bar(), learn.no_logging():
+        getattr(learn, run.fit)(1, *([] if run.lr is None else [run.lr]), cbs=TrainBatches(*lengths))
 
 # %% ../nbs/06d_trials.ipynb #a811f3c4
 def compress_momentum(
@@ -140,3 +153,38 @@ def scores(
     with learn.no_logging(), learn.no_bar(): learn.validate(dl=dl, cbs=record)
     loss = record.loss_sum/record.n
     return inf if isnan(loss) else loss,record.hits/record.n
+
+# %% ../nbs/06d_trials.ipynb #21d15817
+VALID = 500 # samples to validate on
+
+def few_samples(
+    learn:Learner,
+    n:int=VALID, # How many at most
+): # A loader
+    "Random validation samples, the same each time"
+    dl = learn.dls.valid
+    return in_order(dl, sorted(np.random.default_rng(0).permutation(n_samples(dl))[:n].tolist()))
+
+class Trial(NamedTuple):
+    "What a trial came to, and what it took"
+    loss:float
+    accuracy:float # From 0 to 1
+    train_seconds:float # Of its batches
+    valid_seconds:float # Of its validation samples
+
+def try_policy(
+    learn:Learner, # It stays as it is
+    policy:str, # Name
+    run:FullRun, # To be shortened
+    n:int, # Batches to train on
+    folder:Path, # What is saved goes there
+) -> Trial:
+    "Train a copy of `learn` under `policy` for `n` batches"
+    trial = trial_copy(learn, folder)
+    put_policy(trial, policy, run.freeze_to)
+    compress_momentum(trial.model, n, run.batches)
+    reseed(0, *learn.dls.loaders)
+    start = time.perf_counter()
+    short_fit(trial, run, n)
+    trained = time.perf_counter()
+    return Trial(*scores(trial, few_samples(learn)), trained-start, time.perf_counter()-trained)

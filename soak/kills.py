@@ -18,7 +18,7 @@ from bnfreeze_fastai.results import Results
 from bnfreeze_fastai.runs import weights_hash
 
 from .learners import bitwise, draw, new_learner, parts, under_policy, wrong_moves
-from .processes import Victim, in_shm, left_behind
+from .processes import Victim, clear_shm, in_shm, left_behind
 
 N_EPOCHS, N_RUNS = 6, 12
 BALLAST = 4_000_000  # numbers, so that writing a checkpoint takes a while
@@ -119,7 +119,7 @@ def by_run(df):
 
 
 def search(tell, seed):
-    "`bn_find`, which keeps things in a temporary folder"
+    "`bn_find`, which keeps what callbacks save in a temporary folder"
     rng = random.Random(seed)
     learn = under_policy(new_learner(case := draw(rng)), case)
     start = parts(learn.model)
@@ -156,6 +156,7 @@ class Kind(NamedTuple):
     within: Stage = None  # where kills are aimed; anywhere if not given
     check: Callable = None  # what has to be right after each kill
     most: int = 5  # kills in a row
+    folders: int = 0  # that a kill may leave in TMPDIR
 
 
 _SAVED = {'models', *(f'models/model_{i}.pth' for i in range(N_EPOCHS))}
@@ -173,7 +174,7 @@ KINDS = {
     'precompute': Kind(training, dict(stored=True), _SAVED, f'{_RESUMES}; no file of features left', Stage('filling', 'training', 0.5)),
     'comparison': Kind(runs, {}, _RUNS, 'no finished run lost, changed or run twice', Stage('adding', 'added', 0.5, 3), whole_runs),
     'comparison, 2 processes': Kind(runs, dict(n_jobs=2), _RUNS, 'the same', Stage('adding', 'added', 0.7, 3), whole_runs, 2),
-    'search': Kind(search, {}, set(), 'the same trials as without a kill; its temporary folder removed by the next'),
+    'search': Kind(search, {}, set(), 'the same trials as without a kill; each kill leaves one folder in TMPDIR at most', folders=1),
 }
 
 
@@ -183,6 +184,7 @@ class Chain:
     def __init__(self, kind):
         self.kind, self.kills, self.wrong, self.left, self.left_at_end = kind, 0, [], 0, []
         self.pids, self.noted, self.lines, self.before = set(), Counter(), None, in_shm()
+        self.known = set()  # what earlier kills left, which nobody removes
 
     def note(self, victim):
         "What every victim tells"
@@ -193,15 +195,22 @@ class Chain:
             wrong, self.lines = self.kind.check(victim.folder, self.lines)
             self.wrong += wrong
 
+    def new(self, victim):
+        "What is left that earlier kills did not leave"
+        return set(left_behind(victim.folder, self.pids, self.before)) - self.known
+
     def killed(self, victim, there):
-        "After a kill, or if the victim was not `there` any more: a folder for each process may be left, and joblib's semaphores"
+        "After a kill, or if the victim was not `there` any more: a folder in TMPDIR may be left, and joblib's folder and semaphores"
         self.note(victim)
         self.kills += there
-        left = left_behind(victim.folder, self.pids, self.before)
+        left = self.new(victim)
         self.left = max(self.left, len(left))
-        left = [p for p in left if not p.startswith('shm/sem.')]
-        files = [p for p in left if p.startswith('tmp/') and not (victim.folder / p).is_dir()]
-        self.wrong += [f'files left in TMPDIR: {files}'] * bool(files) + [f'more than a folder each: {left}'] * (len(left) > len(self.pids))
+        self.known |= left
+        tmp, shm = ([p for p in left if p.startswith(place)] for place in ('tmp/', 'shm/'))
+        files = [p for p in tmp if not (victim.folder / p).is_dir()]
+        of_joblib = [p for p in shm if p.startswith(('shm/sem.loky-', 'shm/joblib_memmapping_folder_'))]
+        self.wrong += [f'files left in TMPDIR: {files}'] * bool(files) + [f'more than a folder: {tmp}'] * (len(tmp) > self.kind.folders)
+        self.wrong += [f'left in shared memory: {shm}'] * (shm != of_joblib)
         if there and (stage := self.kind.within):
             self.noted[f'kill while {stage.begin}'] += len(victim.all(stage.begin)) > len(victim.all(stage.end))
 
@@ -213,7 +222,7 @@ class Chain:
             self.wrong.append(f'the end differs from that of a run that nobody killed: {told[0]} in place of {told[1]}')
         work = victim.folder / 'work'
         files = {str(p.relative_to(work)) for p in work.rglob('*')}
-        self.left_at_end = left_behind(victim.folder, self.pids, self.before) + sorted(files ^ self.kind.files)
+        self.left_at_end = sorted(self.new(victim)) + sorted(files ^ self.kind.files)
 
 
 def start(kind, seed, folder):
@@ -252,4 +261,5 @@ def chain(kind, seed, folder):
         done.killed(victim, there)
     last = start(kind, seed, folder / 'killed')
     done.ended(last, last.end(), expected)
+    clear_shm(p.removeprefix('shm/') for p in done.known if p.startswith('shm/'))
     return done

@@ -1,6 +1,6 @@
 """Processes that are killed, and what they leave behind"""
 
-import atexit, os, re, signal, sys, tempfile, threading, time, traceback
+import atexit, os, re, shutil, signal, sys, tempfile, threading, time, traceback
 from multiprocessing import connection, get_context
 from pathlib import Path
 
@@ -125,3 +125,9 @@ def left_behind(folder, pids, before):
     "What killed or ended processes `pids` left in their TMPDIR, and in shared memory beyond what was there `before`"
     shm = [n for n in in_shm() - before if {int(d) for d in re.findall(r'\d+', n)} & pids]
     return sorted([f'tmp/{p.name}' for p in (folder / 'tmp').iterdir()] + [f'shm/{n}' for n in shm])
+
+
+def clear_shm(names):
+    "Remove from shared memory what joblib leaves there when all of its processes are killed"
+    for path in (SHM / n for n in names):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

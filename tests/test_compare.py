@@ -1,6 +1,6 @@
 "Comparisons of full runs: the same weights and batches for all, nothing lost, nothing mixed up"
 
-import json, os, random, signal, time
+import json, os, random, shutil, signal, time
 from functools import partial
 from pathlib import Path
 
@@ -279,6 +279,14 @@ def wait_for(n_runs, process):
         time.sleep(0.02)
 
 
+def clear_shared_memory(pid):
+    "Remove what joblib leaves there when all of its processes are killed"
+    for p in Path('/dev/shm').glob(f'sem.loky-{pid}-*'):
+        p.unlink(missing_ok=True)
+    for p in Path('/dev/shm').glob(f'joblib_memmapping_folder_{pid}_*'):
+        shutil.rmtree(p)
+
+
 @pytest.mark.parametrize('n_jobs', [1, 2])
 def test_a_killed_process_goes_on_without_loss(n_jobs):
     kept = None
@@ -287,6 +295,7 @@ def test_a_killed_process_goes_on_without_loss(n_jobs):
         wait_for(n_runs, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+        clear_shared_memory(process.pid)
         now = pd.read_csv('runs.csv')
         assert len(now) % 2 == 0 and len(now) >= 2 * n_runs and (kept is None or now[: len(kept)].equals(kept))
         kept = now

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 from conftest import *
 
-from bnfreeze_fastai.architectures import make_model, read_weights
+from bnfreeze_fastai.vision import make_model, read_weights
 from bnfreeze_fastai.results import Results, write_whole
 
 RAN = Path('ran')
@@ -112,6 +112,8 @@ CSV = {
     'not UTF-8': b'\xff\xfe' + HEADER.encode(),
     'no weights': HEADER + ROW.replace(',ab', ','),
     'cut off': HEADER + ROW[:-1],
+    'written anew by another program': (HEADER + ROW).replace('1.0', '1.00'),
+    'line ends of another system': (HEADER + ROW).replace('\n', '\r\n'),
     'only a header': HEADER,
     'a column less': HEADER.replace('seconds,', '') + ROW,
 }

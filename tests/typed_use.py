@@ -5,7 +5,7 @@ A line ends in the rule that pyright reports there, if it has to be rejected."""
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 from fastai.learner import Learner
 from fastai.vision.all import vision_learner
 from matplotlib.axes import Axes
@@ -168,7 +168,6 @@ def plots(runs: pd.DataFrame, drift: pd.DataFrame, ax: Axes):
     assert_type(BatchNormDrift().df, pd.DataFrame)
     assert_type(BatchNormDrift().plot_bn_drift(ax=ax), Axes)
     assert_type(plot_differences(paired_differences(runs, score='accuracy')), Axes)
-    assert_type(bootstrap_interval(np.ones(3), level=0.9), tuple[float, float])
     assert_type(table_text(runs) + table_html('Runs', runs), str)
     plot_bn_drift(drift, ax='here')  # reportArgumentType
     plot_scores('runs.csv')  # reportArgumentType
