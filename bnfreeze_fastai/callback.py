@@ -34,7 +34,7 @@ from .point import Frozen, FreezePoint, thawed_by_hand, unknown_to_optimizer
 from .policy import (ModeSpec, Policy, Schedule, Stages, check_policy, check_schedule, frozen_groups, layer_modes,
                                     pretrained_norms, stages, trained_now)
 from .ranks import is_distributed
-from .stats import snapshot
+from .distances import snapshot
 
 # %% ../nbs/03_callback.ipynb #5a8fb06b
 def active_callback(

@@ -34,7 +34,7 @@ from .core import MODES
 from .fixed import fingerprint, named_tensors
 from .policy import ModeSpec, Policy, check_policy, pretrained_norms
 from .restore import reseed
-from .stats import Snapshot, moved, snapshot
+from .distances import Snapshot, moved, snapshot
 
 # %% ../nbs/06a_runs.ipynb #6dccf390
 FASTAI,CONVERTED = 'fastai','converted'

@@ -16,7 +16,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from bnfreeze_fastai.core import bn_layers, bn_mode, norm_layers, set_bn_mode
 from bnfreeze_fastai.observe import Observer, observe
-from bnfreeze_fastai.stats import bn_drift, bn_shift, recalibrate_bn, snapshot
+from bnfreeze_fastai.distances import bn_drift, snapshot
+from bnfreeze_fastai.recalibrate import recalibrate_bn
+from bnfreeze_fastai.shift import bn_shift
 
 
 class ChannelsEnd(nn.BatchNorm1d):
