@@ -55,17 +55,16 @@ class _Pass(NamedTuple):
             check_device(inputs, self.root)
             yield inputs
 
-def _planned(way:_Pass, team:OneByOne, batches:Iterator[tuple]) -> tuple[list, Look|None, Plan]:
-    "The first two batches, a look at the first if there is any, and what it tells of all ranks"
-    first,looks = [],[]
-    def look():
-        first.extend(islice(batches, 2))
+def _planned(way:_Pass, team:OneByOne, batches:Iterator[tuple]) -> tuple[list, Plan]:
+    "The first batch, if there is any, and what looks at those of all ranks tell"
+    first = []
+    def seen():
+        first.extend(islice(batches, 1))
         if not first: return None
-        looks.append(Look(way.root, first[0], team))
-        budget = memory_for(way.max_mem, next(chain(way.root.parameters(), way.root.buffers())).device)
-        return Seen(looks[0].calls, looks[0].bytes, n_known(way.batches, way.n_batches), 1/looks[0].times, budget)
-    per_rank = on_all_ranks(look, way.model)
-    return first,next(iter(looks), None),plan(per_rank, way.max_mem)
+        look,device = Look(way.root, first[0], team),next(chain(way.root.parameters(), way.root.buffers())).device
+        return Seen(look.calls, look.bytes, n_known(way.batches, way.n_batches), memory_for(way.max_mem, device))
+    per_rank = on_all_ranks(seen, way.model)
+    return first,plan(per_rank, way.max_mem)
 
 # %% ../nbs/01h_in_step.ipynb #4c161c36
 def _bar_of(names:tuple[str, ...], show:bool) -> Callable[[int], None]:
@@ -108,10 +107,9 @@ def _in_step(way:_Pass, team:OneByOne, done:int=0) -> tuple[dict[str, Moments], 
     "One pass over the data, after one for each of the first layers if not all fit; the first `done` layers are known already"
     with undisturbed(way.root, way.batches):
         batches = way.inputs(way.show and not done)
-        first,look,plan = _planned(way, team, batches)
+        first,plan = _planned(way, team, batches)
         if plan.place <= done:
-            new = lambda of, inputs: of(way.root, inputs, team, plan)
-            with Walks(new, chain(first, batches), plan.most, look if len(first) > 1 else None) as walks:
+            with Walks(way.root, chain(first, batches), team, plan) as walks:
                 found,counts = _to_the_end(way, team, walks, plan.order[done:])
             if not done: warn_of_fewer(way.n_batches, counts)
             return found,sum(counts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['MAX_WALKS', 'few_of', 'Look', 'NotInStep', 'Seen', 'Plan', 'n_known', 'plan']
 
-# %% ../nbs/01f_look.ipynb #c12c51fd
+# %% ../nbs/01f_look.ipynb #b8a3b1da
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from functools import reduce
@@ -18,7 +18,8 @@ from weakref import ref
 from torch import Tensor, nn
 
 from .batches import tensors_in
-from .observe import ByBatch, Observer
+from .observe import Observer
+from .one_by_one import OneByOne
 from .restore import kept_rng
 
 # %% ../nbs/01f_look.ipynb #63c8e568
@@ -34,20 +35,20 @@ def _storage(t:Tensor) -> tuple[int, int]: # Where it is, and its bytes
     try: return t.untyped_storage().data_ptr(),t.untyped_storage().nbytes()
     except (NotImplementedError, RuntimeError): return id(t),t.numel()*t.element_size() # has none, as a sparse one
 
-class Look(ByBatch):
-    "A look at a few samples on their way through a model"
+class Look(Observer):
+    "Notes how often each layer is called, and how many bytes are alive at its first call"
     def __init__(self,
         root:nn.Module, # In evaluation mode
         inputs:tuple, # A batch
-        team:Observer, # Of the layers
+        team:OneByOne, # Whose `known` statistics the layers use
     ):
         super().__init__(team.names)
-        self.empty,self.elsewhere = team.empty,team.elsewhere
-        self.few,self.times = few_of(inputs)
-        self.calls,self.bytes = Counter(),{} # of each layer, and alive at its first call
+        self.team,self.empty,self.elsewhere = team,team.empty,team.elsewhere
+        few,self.times = few_of(inputs)
+        self.calls,self.bytes = Counter(),{}
         self.own = {_storage(t)[0] for t in (*root.parameters(), *root.buffers())}
-        self.made = [ref(t) for t in tensors_in(self.few)]
-        with kept_rng(): self.forward(root, self.few)
+        self.made = [ref(t) for t in tensors_in(few)]
+        with kept_rng(): self.forward(root, few)
 
     def run(self, func:Callable, *args, **kwargs):
         res = super().run(func, *args, **kwargs)
@@ -57,7 +58,7 @@ class Look(ByBatch):
     def normalise(self, func:Callable, call:dict, name:str) -> Tensor:
         self.calls[name] += 1
         if name not in self.bytes: self.bytes[name] = self._alive()*self.times
-        return super().normalise(func, call, name)
+        return self.run(func, **call | self.team.new_stats(call, name))
 
     def _alive(self) -> int: # In bytes
         alive = [t for r in self.made if (t := r()) is not None]
@@ -75,18 +76,17 @@ class Seen(NamedTuple):
     calls:Counter # Of each layer, in the order of the first ones
     bytes:Mapping[str, float] # Of one batch, alive at each
     n:int # Batches, as far as is known
-    few:float # Of a batch, that go along as well
     budget:float # Bytes
 
     def first(self, share:int) -> int: # Place in the order
         "From which layer on all batches fit, if `share` ranks have to share the memory"
         if self.n > MAX_WALKS: return len(self.calls)
-        too_large = [i for i,name in enumerate(self.calls) if self.bytes[name]*(self.n+self.few) > self.budget/share]
+        too_large = [i for i,name in enumerate(self.calls) if self.bytes[name]*self.n > self.budget/share]
         return too_large[-1]+1 if too_large else 0
 
     def most(self, place:int, share:int) -> float:
         "How many batches fit from the layer at `place` on"
-        return self.budget/share / max([1, *(self.bytes[name] for name in [*self.calls][place:])]) - self.few
+        return self.budget/share / max([1, *(self.bytes[name] for name in [*self.calls][place:])])
 
 class Plan(NamedTuple):
     "How the batches of all ranks go through the layers"

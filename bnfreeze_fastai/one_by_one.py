@@ -63,16 +63,15 @@ class OneByOne(Observer):
 
     def normalise(self, func:Callable, call:dict, name:str) -> Tensor:
         self.calls[name] += 1
-        if name in self.known: call |= self.new_stats(call, name)
-        elif self.order and name == self.order[0]:
+        if name not in self.known and self.order and name == self.order[0]:
             self.measure(func, call, name)
             if self.calls.keys() - self.known.keys() > {name} and self.calls[name] == 1: self.astray.add(name)
             if self.calls[name] == self.most_calls[name]: raise _Enough
-        return self.run(func, **call)
+        return self.run(func, **call | self.new_stats(call, name))
 
-    def new_stats(self, call:dict, name:str) -> dict[str, Tensor]: # Arguments by name
+    def new_stats(self, call:dict, name:str) -> dict[str, Tensor]: # Arguments by name; none if it is not known yet
         "What was found for a layer, in the types of its call"
-        return {k: t.to(call[k]) for k,t in self.known[name].items()}
+        return {k: t.to(call[k]) for k,t in self.known.get(name, {}).items()}
 
     def forward(self, model:nn.Module, inputs:tuple) -> list[tuple[str, Moments]]:
         self.calls.clear()

@@ -8,23 +8,22 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['Walk', 'Walks']
 
-# %% ../nbs/01g_walks.ipynb #7e430c70
+# %% ../nbs/01g_walks.ipynb #2dc60dcf
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from functools import reduce
-from itertools import zip_longest
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from .look import Look, NotInStep, Plan
+from .look import NotInStep, Plan, few_of
 from .moments import Moments, pool
-from .observe import ByBatch, Observer, finite
+from .observe import Observer, finite, moments_of
 from .one_by_one import OneByOne
+from .restore import kept_rng
 from .turns import Ended, InTurns
 
-# %% ../nbs/01g_walks.ipynb #d59623cf
+# %% ../nbs/01g_walks.ipynb #4a217346
 class _At(NamedTuple):
     "Waits at a layer"
     name:str
@@ -47,6 +46,7 @@ class Walk(Observer):
         self.empty,self.elsewhere = team.empty,team.elsewhere
         self.root,self.inputs,self.team,self.plan = root,inputs,team,plan
         self.calls,self.place,self.at = Counter(),-1,None # the furthest layer so far; where it waits
+        self.few = [] # as `seen`, of the first two samples
         on_cpu = all(t.device.type == 'cpu' for t in (*root.parameters(), *root.buffers()))
         self.turns = InTurns(self._walk, by_main=on_cpu or bool(_get_current_function_mode_stack())) # modes such as a default device
 
@@ -81,6 +81,12 @@ def _in_a_pass_of_its_own(walk:Walk, name:str) -> list[Moments]:
     alone.follow([name], walk.plan.calls)
     return [m for _,m in alone.forward(walk.root, walk.inputs)]
 
+def _of_few(walk:Walk) -> Moments:
+    "What the first two samples of a batch give the layer that it waits at"
+    x = walk.at.call['input'].as_subclass(Tensor)
+    rows = 2*max(1, len(x)//max(1, len(walk.inputs[0]))) if isinstance(walk.inputs[0], Tensor) else len(x)
+    return moments_of(walk.at.func, x[:rows])
+
 def _given(walk:Walk, number:int, name:str|None) -> list[Moments]:
     "What one batch gives the layer `name`; up to the end if there is none"
     walk.go_on()
@@ -90,56 +96,60 @@ def _given(walk:Walk, number:int, name:str|None) -> list[Moments]:
         raise NotInStep(f"batch {number} raised {type(at.error).__name__}: {at.error}") from at.error
     if not isinstance(at, _At) or at.name != name: return []
     several = walk.plan.calls[name] > 1
+    if number == 1 and not several: walk.few.append((name, _of_few(walk)))
     found = _in_a_pass_of_its_own(walk, name) if several else [walk.measure(at.func, at.call, name)]
     return [finite(m, name, number) for m in found]
 
 # %% ../nbs/01g_walks.ipynb #cf175769
-class _Probe(Walk, ByBatch):
-    "The few samples of the look among the batches, normalised by themselves as they were there"
+class _Alone(OneByOne):
+    "Measures each layer, while all normalise with what was found"
     def normalise(self, func:Callable, call:dict, name:str) -> Tensor:
-        self.wait(func, call, name)
-        return ByBatch.normalise(self, func, call, name)
-
-    def measure(self, func:Callable, call:dict, name:str) -> Moments: return self.run(super().measure, func, call, name)
+        self.measure(func, call, name)
+        return self.run(func, **call | self.new_stats(call, name))
 
 def _same(a:Moments, b:Moments) -> bool:
     "Whether two forward passes gave a layer the same, to rounding"
-    close = 1e-3*(a.m2/max(a.n, 1)).sqrt() + 1e-5*a.mean.abs()
+    close = 1e-3*(a.m2/a.n).sqrt() + 1e-5*a.mean.abs()
     return a.n == b.n and bool(((a.mean-b.mean).abs() <= close).all() and ((a.m2-b.m2).abs() <= 1e-2*a.m2).all())
 
-def _check_probe(probe:_Probe, look:Look):
-    "`NotInStep` unless the probe gave the layers what it gave them in the look"
-    pairs = zip_longest(look.seen, probe.seen, fillvalue=(None, None))
-    odd = [a or b for (a,alone),(b,among) in pairs if a != b or not _same(alone, among)]
-    odd += [probe.at.name] if isinstance(probe.at, _Astray) else []
-    if odd: raise NotInStep(f"the model keeps something between its layers that batches in step overwrite, as the layer {odd[0]!r} shows")
+def _other(walk:Walk, inputs:tuple, seen:list[tuple[str, Moments]]) -> list[str]:
+    "Names of the layers that do not get from `inputs` alone what they got in step"
+    alone = _Alone(walk.names)
+    alone.known = walk.team.known
+    with kept_rng(): given = dict(alone.forward(walk.root, inputs))
+    return [name for name,m in seen if name not in given or not _same(m, given[name])]
 
-# %% ../nbs/01g_walks.ipynb #15f11a65
+def _check_alone(walk:Walk):
+    "Raise `NotInStep` unless a batch gives the layers by itself what it gave them among the others"
+    few,times = few_of(walk.inputs)
+    if times > 1 and not _other(walk, few, walk.few): return
+    if other := _other(walk, walk.inputs, walk.seen):
+        raise NotInStep(f"the model keeps something between its layers that batches in step overwrite, as the layer {other[0]!r} shows")
+
+# %% ../nbs/01g_walks.ipynb #50c7f425
 class Walks:
     "The walks of all batches, begun when they are first sent on; on leaving, no thread is left"
     def __init__(self,
-        new:Callable[..., Walk], # Makes a walk of a given class of a batch
+        root:nn.Module, # In evaluation mode
         batches:Iterator[tuple], # Inputs of the model
-        most:float, # Batches
-        look:Look|None, # At the first batch; None if there is no other that could get into its way
+        team:OneByOne, # Whose `known` statistics the layers use
+        plan:Plan, # To keep to
     ):
-        self.new,self.batches,self.most,self.look,self.walks = new,batches,most,look,[]
-        self.probe = look and new(_Probe, look.few)
+        self.root,self.batches,self.team,self.plan,self.walks = root,batches,team,plan,[]
 
     def __enter__(self) -> Walks: return self
 
     def __iter__(self) -> Iterator[Walk]:
         yield from self.walks
         for inputs in self.batches:
-            if len(self.walks) >= self.most: raise NotInStep("there are more batches than fit into `max_mem`, or than threads are used for")
-            self.walks.append(self.new(Walk, inputs))
+            if len(self.walks) >= self.plan.most: raise NotInStep("there are more batches than fit into `max_mem`, or than threads are used for")
+            self.walks.append(Walk(self.root, inputs, self.team, self.plan))
             yield self.walks[-1]
 
     def go_to(self,
         name:str|None, # Of a layer; None sends them to their end
     ) -> tuple[Moments|None, int]: # Pooled, and the number of batches
         "Send all batches on, and measure what they give the layer"
-        if self.probe: self.probe.go_on()
         found,number = None,0
         for number,walk in enumerate(self, 1):
             for m in _given(walk, number, name): found = m if found is None else pool(found, m)
@@ -147,11 +157,11 @@ class Walks:
 
     def check(self):
         "`NotInStep` if the batches got into each other's way"
-        if self.probe: _check_probe(self.probe, self.look)
+        if len(self.walks) > 1: _check_alone(self.walks[0])
 
     def __exit__(self, *error:object):
         try:
-            for walk in self.walks + [self.probe]*bool(self.probe): walk.turns.stop()
+            for walk in self.walks: walk.turns.stop()
         except KeyboardInterrupt:
             self.__exit__()
             raise

@@ -160,6 +160,22 @@ def test_models_that_keep_something_on_themselves(sizes):
     check(KeepsOnItself(), images(sizes), 'keeps something' if len({*sizes}) == 1 else 'raised RuntimeError')
 
 
+class KeepsBySize(nn.Module):
+    "Batches of the same size overwrite what the others left"
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up, self.kept = nn.BatchNorm2d(3), nn.BatchNorm2d(3), {}
+
+    def forward(self, x):
+        self.kept[len(x)] = x
+        return self.up(self.down(x) * self.kept[len(x)])
+
+
+def test_models_that_keep_something_for_each_size():
+    check(KeepsBySize(), images((6, 6, 6)), 'keeps something')
+
+
 class InThread(nn.Module):
     def __init__(self, f):
         super().__init__()
