@@ -126,7 +126,7 @@ def _check_alone(walk:Walk):
     if other := _other(walk, walk.inputs, walk.seen):
         raise NotInStep(f"the model keeps something between its layers that batches in step overwrite, as the layer {other[0]!r} shows")
 
-# %% ../nbs/01g_walks.ipynb #50c7f425
+# %% ../nbs/01g_walks.ipynb #cad51599
 class Walks:
     "The walks of all batches, begun when they are first sent on; on leaving, no thread is left"
     def __init__(self,
@@ -142,7 +142,8 @@ class Walks:
     def __iter__(self) -> Iterator[Walk]:
         yield from self.walks
         for inputs in self.batches:
-            if len(self.walks) >= self.plan.most: raise NotInStep("there are more batches than fit into `max_mem`, or than threads are used for")
+            if len(self.walks) >= self.plan.most:
+                raise NotInStep("there are more batches than fit into `max_mem`, or than threads are used for")
             self.walks.append(Walk(self.root, inputs, self.team, self.plan))
             yield self.walks[-1]
 
