@@ -11,7 +11,7 @@ from torchvision import models
 from bench.measure import BATCH, SIZE, ratio_to
 from bnfreeze_fastai.fold import folded
 from bnfreeze_fastai.cut import relative_error
-from bnfreeze_fastai.stats import recalibrate_bn
+from bnfreeze_fastai.recalibrate import recalibrate_bn
 
 ROUNDS, REPEATS = 7, 4
 

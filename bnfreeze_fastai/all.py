@@ -17,6 +17,9 @@ from .fuse import *
 from .layers import *
 from .learner import *
 from .plots import *
-from .stats import *
+from .distances import *
+from .measure import layers_with_stats
+from .recalibrate import *
+from .shift import *
 from .sync import *
 from .utils.tensors import *

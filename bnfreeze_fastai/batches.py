@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['wrong', 'check_batches', 'model_inputs', 'tensors_in', 'check_device', 'memory_for', 'with_progress']
+__all__ = ['wrong', 'check_batches', 'check_passes', 'model_inputs', 'tensors_in', 'check_device', 'memory_for', 'with_progress']
 
 # %% ../nbs/01b_batches.ipynb #aa1afc49
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
-from numbers import Number, Real
+from numbers import Integral, Number, Real
 
 import psutil, torch
 from fastprogress.fastprogress import progress_bar
@@ -42,6 +42,17 @@ def check_batches(
         raise wrong(name, batches, wanted, 'give a DataLoader of this dataset')
     if isinstance(batches, (nn.Module, Mapping, str, bytes)) or not (hasattr(batches, '__iter__') or hasattr(batches, '__getitem__')):
         raise wrong(name, batches, wanted)
+
+def check_passes(
+    batches, # To be gone through
+    n_batches:int|None, # At most so many
+    n_inp:int|None, # Elements of a tuple that the model takes
+) -> None:
+    "Raise `ValueError` if `batches` cannot be gone through so"
+    check_batches(batches)
+    for name,n,all_of in (('n_batches', n_batches, 'all batches'), ('n_inp', n_inp, 'all elements but the last')):
+        if n is not None and (not isinstance(n, Integral) or isinstance(n, bool) or n < 1):
+            raise ValueError(f"`{name}` is {n!r}: give a whole number from 1 up, or None for {all_of}.")
 
 # %% ../nbs/01b_batches.ipynb #c45c1ebc
 def model_inputs(

@@ -27,7 +27,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import fold, plots, stats
+from . import distances, fold, plots, recalibrate, shift
 from .batches import check_batches, wrong
 from .freeze.callback import BatchNormFreeze, active_callback
 from .freeze.drift import BatchNormDrift
@@ -40,7 +40,10 @@ from .fuse import refuse_fusion
 from .layers import affine_params, norm_layers
 from .loaders import as_in_fit
 from .precompute import precomputed
-from .stats import Drift, Snapshot, layers_with_stats, recalibrate_bn as recalibrate
+from .distances import Snapshot
+from .measure import layers_with_stats
+from .recalibrate import Drift
+from .shift import BatchNormShift
 
 # %% ../nbs/06_learner.ipynb #7800e28c
 def _check_freeze_point(learn:Learner, n:int) -> int:
@@ -131,7 +134,7 @@ def recalibrate_bn(self:Learner,
 ) -> Drift: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
     "Set running statistics to those of the data, exactly, in a `with` for its block; only `preserve` changes weights"
     how = dict(layers=layers, method=method, preserve=preserve, n_batches=n_batches, stats=stats, prior=prior, max_mem=max_mem)
-    drift = recalibrate(self.model, **how, **_batches(self, ds_idx, dl))
+    drift = recalibrate.recalibrate_bn(self.model, **how, **_batches(self, ds_idx, dl))
     rescaled = layers_with_stats(self.model, layers).values() if preserve else ()
     level = lambda: self.opt is not None and level_slow_weights(self.opt, {p for l in rescaled for p in affine_params(l)})
     level()
@@ -143,9 +146,9 @@ def bn_shift(self:Learner,
     ds_idx:int=0, # Dataset of the Learner to take batches from
     dl:Iterable[Any]|None=None, # Loader to take them from instead
     n_batches:int|None=None, # Use so many; all if not given
-) -> stats.BatchNormShift: # Columns `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl`, `kl_median` (nats), `dead`
+) -> BatchNormShift: # Columns `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl`, `kl_median` (nats), `dead`
     "How foreign data is to the network, layer by layer: how far its statistics are from those stored; changes nothing"
-    return stats.bn_shift(self.model, n_batches=n_batches, **_batches(self, ds_idx, dl))
+    return shift.bn_shift(self.model, n_batches=n_batches, **_batches(self, ds_idx, dl))
 
 # %% ../nbs/06_learner.ipynb #a79780e5
 @patch
@@ -160,9 +163,9 @@ def convert_bn(self:Learner,
     if not had_opt: self.create_opt()
     cb = active_callback(self)
     try:
-        if layers is not None: chosen = [*stats.layers_with_stats(self.model, layers)]
+        if layers is not None: chosen = [*layers_with_stats(self.model, layers)]
         else: chosen = pretrained_norms(Groups(self.model, self.opt.param_lists)) if cb is None else cb.at.pretrained
-        stats.convert_bn(self.model, layers=chosen, **how)
+        recalibrate.convert_bn(self.model, layers=chosen, **how)
     except BaseException:
         if not had_opt: self.opt = None
         raise
@@ -181,7 +184,7 @@ def _with_train(bn:ModeSpec, layers:str|None) -> ModeSpec:
 @patch
 def bn_snapshot(self:Learner) -> dict[str, dict[str, Tensor]]: # Name of each norm layer to a copy of its tensors; for `bn_drift`
     "A copy of the running statistics and affine parameters of every norm layer"
-    return stats.snapshot(self.model)
+    return distances.snapshot(self.model)
 
 # %% ../nbs/06_learner.ipynb #7d49a1f8
 @patch
@@ -193,7 +196,7 @@ def bn_drift(self:Learner,
     if since is None and cb is None:
         raise ValueError("No policy has been set, so there is no start to measure from: take one by `start = learn.bn_snapshot()` and pass "
                          "`since=start`, or set a policy by `learn.freeze_to_bn`.")
-    return stats.bn_drift(self.model, cb.bn_start if since is None else since)
+    return distances.bn_drift(self.model, cb.bn_start if since is None else since)
 
 # %% ../nbs/06_learner.ipynb #d5db49c7
 @patch

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Moments', 'pool', 'batch_moments', 'instance_moments']
+__all__ = ['Moments', 'pool', 'pooled', 'batch_moments', 'instance_moments']
 
 # %% ../nbs/01a_moments.ipynb #cc80d3bf
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,14 @@ def pool(
     m2 = a.m2+b.m2
     if a.between: m2 = m2 + delta.square()*(a.n*b.n/n)
     return Moments(n, a.mean + delta*(b.n/n), m2, a.dof+b.dof+int(a.between), a.between) # (n_a - 1) + (n_b - 1) + 1 = n - 1
+
+def pooled(
+    parts:Iterable[Mapping[str, Moments]], # Of layers by name, such as those of each rank
+) -> dict[str, Moments]: # By name, in the order in which they come
+    "The moments of all parts together"
+    found = {}
+    for part in parts: found |= {name: pool(found[name], m) if name in found else m for name,m in part.items()}
+    return found
 
 # %% ../nbs/01a_moments.ipynb #64f8bcd6
 def _rows_by_shift(x:Tensor) -> tuple[Tensor, Tensor]:

@@ -6,27 +6,22 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Settle', 'moments_of', 'of_the_data', 'Observer', 'ByBatch', 'OneByOne', 'finite', 'check_passes', 'refuse_iterator',
-           'warn_of_fewer', 'undisturbed', 'observe']
+__all__ = ['Settle', 'moments_of', 'of_the_data', 'Observer', 'ByBatch', 'finite', 'warn_of_fewer', 'undisturbed', 'observe']
 
 # %% ../nbs/01c_observe.ipynb #1bdcb43e
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import reduce
-from graphlib import CycleError, TopologicalSorter
+from contextlib import contextmanager
 from inspect import signature
-from numbers import Integral
 
 import torch, torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .batches import check_batches, check_device, model_inputs, with_progress
+from .batches import check_device, check_passes, model_inputs, with_progress
 from .layers import is_compiled, named_modules
-from .moments import Moments, batch_moments, instance_moments, pool
+from .moments import Moments, batch_moments, instance_moments, pooled
 from .utils.ranks import on_all_ranks, this_rank
 from .utils.restore import evaluating, kept_rng
 
@@ -38,8 +33,8 @@ def moments_of(
     func:Callable, # `F.batch_norm` or `F.instance_norm`
     x:Tensor, # What it is about to normalise
 ) -> Moments:
-    "The moments that count for this kind of layer"
-    return _MOMENTS[func](x.as_subclass(Tensor))
+    "The moments that count for this kind of layer, without gradients, whatever the model asks for"
+    return _MOMENTS[func](x.detach().as_subclass(Tensor))
 
 # %% ../nbs/01c_observe.ipynb #8676cd86
 Settle = Callable[[str, Moments, int], Mapping[str, Tensor]] # name, moments, number of batches: new statistics by name
@@ -55,14 +50,15 @@ def of_the_data(
 # %% ../nbs/01c_observe.ipynb #e1039888
 class Observer(TorchFunctionMode):
     "While active, measures what given layers normalise; they do so with their stored statistics"
+    paths:Iterable[tuple[str, ...]] = () # through the layers, in which forward passes went
+
     def __init__(self,
         names:Mapping[Tensor, str], # The `running_mean` of each layer to measure, and the layer's name
         settle:Settle=of_the_data, # What a layer normalises with once its moments are known
         keep_var:bool=False, # Whether the layers keep their variance
     ):
         super().__init__()
-        self.names,self.settle,self.keep_var = names,settle,keep_var
-        self.seen,self.paths,self.order = [],set(),None
+        self.names,self.settle,self.keep_var,self.seen = names,settle,keep_var,[]
         self.empty,self.elsewhere = set(),set() # names of layers that were given no values, and whose mean something else computed with
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -90,7 +86,7 @@ class Observer(TorchFunctionMode):
     def normalise(self, func:Callable, call:dict, name:str) -> Tensor: # What the layer gets for its call
         "Measure, and make the call"
         self.measure(func, call, name)
-        return func(**call)
+        return self.run(func, **call)
 
     def forward(self,
         model:nn.Module, # In evaluation mode
@@ -101,9 +97,11 @@ class Observer(TorchFunctionMode):
         with self: model(*inputs)
         return self.seen
 
-    def another_pass(self, found:Mapping[str, Moments], count:int, paths:Iterable[tuple[str, ...]]) -> bool:
-        "Is the data needed once more, now that `found` over `count` batches is known, and the `paths` of all ranks through the layers?"
-        return False
+    def check(self, batches:Iterable): "Raise `ValueError` if the batches do not allow for the passes that it takes"
+
+    def passes_left(self, found:Mapping[str, Moments], count:int, paths:Iterable[tuple[str, ...]]) -> int:
+        "How often the data is needed again, now that `found` over `count` batches is known, and the `paths` of all ranks"
+        return 0
 
 # %% ../nbs/01c_observe.ipynb #4d60fdc1
 def _centred(func:Callable, call:dict, m:Moments) -> dict:
@@ -115,65 +113,15 @@ def _centred(func:Callable, call:dict, m:Moments) -> dict:
 class ByBatch(Observer):
     "An observer whose layers normalise each batch with its own statistics"
     def normalise(self, func:Callable, call:dict, name:str) -> Tensor:
-        m,dtype = self.measure(func, call, name),call['running_mean'].dtype
-        if not m.dof: return func(**call)
-        if self.keep_var: return func(**call | _centred(func, call, m))
-        if func is F.instance_norm: call |= dict(running_mean=None, running_var=None, use_input_stats=True)
-        elif torch.finfo(dtype).bits < 32: call |= dict(running_mean=None, running_var=None, training=True) # which would not hold them
-        else: call |= dict(running_mean=m.mean.to(dtype), running_var=(m.m2/m.n).to(dtype))
-        return func(**call)
+        m = self.measure(func, call, name)
+        return self.run(func, **call | (self._by_itself(func, call, m) if m.dof else {}))
 
-# %% ../nbs/01c_observe.ipynb #4419a86f
-class _Enough(Exception):
-    "Ends a forward pass"
-
-def _joint_order(paths:Iterable[tuple[str, ...]]) -> list[str]:
-    "All names, in an order that agrees with every path; that of the first appearance where paths contradict each other"
-    before = {name: set() for path in paths for name in path}
-    for path in paths:
-        for name,following in zip(path, path[1:]): before[following].add(name)
-    try: return list(TopologicalSorter(before).static_order())
-    except CycleError: return list(before)
-
-# %% ../nbs/01c_observe.ipynb #fac60ae1
-class OneByOne(Observer):
-    "An observer that measures one layer in each pass, while those measured before normalise with what was found"
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.begin()
-
-    def begin(self):
-        "Forget what was found"
-        self.known,self.order,self.paths = {},None,set()
-        self.calls,self.most_calls = Counter(),Counter() # of each layer in a forward pass; a Counter keeps the order of first calls
-
-    def normalise(self, func:Callable, call:dict, name:str) -> Tensor:
-        self.calls[name] += 1
-        if name in self.known: call |= self.new_stats(call, name)
-        elif self.order and name == self.order[0]:
-            self.measure(func, call, name)
-            if self.calls[name] == self.most_calls[name]: raise _Enough
-        return func(**call)
-
-    def new_stats(self, call:dict, name:str) -> dict[str, Tensor]: # Arguments by name
-        "What was found for a layer, in the types of its call"
-        return {k: t.to(call[k]) for k,t in self.known[name].items()}
-
-    def forward(self, model:nn.Module, inputs:tuple) -> list[tuple[str, Moments]]:
-        self.calls.clear()
-        try: super().forward(model, inputs)
-        except _Enough: pass
-        if self.order is None:
-            self.paths.add(tuple(self.calls))
-            self.most_calls |= self.calls
-        return self.seen
-
-    def another_pass(self, found:Mapping[str, Moments], count:int, paths:Iterable[tuple[str, ...]]) -> bool:
-        if self.order is None: self.order = _joint_order(paths)
-        else:
-            self.known |= {name: self.settle(name, m, count) for name,m in found.items()}
-            self.order = self.order[1:]
-        return bool(self.order)
+    def _by_itself(self, func:Callable, call:dict, m:Moments) -> dict: # Arguments by name
+        dtype,unused = call['running_mean'].dtype,dict(running_mean=None, running_var=None)
+        if self.keep_var: return _centred(func, call, m)
+        if func is F.instance_norm: return dict(unused, use_input_stats=True)
+        if torch.finfo(dtype).bits < 32: return dict(unused, training=True) # `dtype` would not hold them
+        return dict(running_mean=m.mean.to(dtype), running_var=(m.m2/m.n).to(dtype))
 
 # %% ../nbs/01c_observe.ipynb #9b4f7c31
 def finite(
@@ -193,32 +141,10 @@ def _one_pass(model:nn.Module, batches:Iterable, observer:Observer, n_inp:int|No
     for count,batch in enumerate(batches, 1):
         inputs = model_inputs(batch, n_inp)
         check_device(inputs, model)
-        for name,m in observer.forward(model, inputs):
-            m = finite(m, name, count)
-            found[name] = pool(found[name], m) if name in found else m
+        found = pooled([found, *({name: finite(m, name, count)} for name,m in observer.forward(model, inputs))])
     return found,count
 
 # %% ../nbs/01c_observe.ipynb #b8cefbde
-def check_passes(
-    batches:Iterable, # To be gone through
-    n_batches:int|None, # At most so many
-    n_inp:int|None, # Elements of a tuple that the model takes
-) -> None:
-    "Raise `ValueError` if `batches` cannot be gone through so"
-    check_batches(batches)
-    for name,n,all_of in (('n_batches', n_batches, 'all batches'), ('n_inp', n_inp, 'all elements but the last')):
-        if n is not None and (not isinstance(n, Integral) or isinstance(n, bool) or n < 1):
-            raise ValueError(f"`{name}` is {n!r}: give a whole number from 1 up, or None for {all_of}.")
-
-def refuse_iterator(
-    batches:Iterable, # To be gone through once for each layer
-    why:str='', # In words
-) -> None:
-    "Raise `ValueError` if `batches` can be gone through once only"
-    if not isinstance(batches, Iterator): return
-    raise ValueError(f"method='sequential' goes through the batches once for each layer{why}, but these can be gone through once only: "
-                     "give a list or a DataLoader.")
-
 def warn_of_fewer(
     n_batches:int|None, # Asked for
     counts:Sequence[int], # Of batches, by rank
@@ -231,13 +157,14 @@ def warn_of_fewer(
 def undisturbed(
     root:nn.Module, # Not wrapped
     batches:Iterable, # Whose own generators are kept as well
-):
+) -> Iterator[None]:
     "`root` in evaluation mode, without gradients and uncompiled; on leaving, it and all random numbers are as they were"
-    with ExitStack() as stack:
-        for guard in (kept_rng(batches), evaluating(root)): stack.enter_context(guard)
-        if is_compiled(root): stack.enter_context(torch.compiler.set_stance('force_eager'))
-        yield
+    with kept_rng(batches), evaluating(root):
+        if not is_compiled(root): yield
+        else:
+            with torch.compiler.set_stance('force_eager'): yield
 
+# %% ../nbs/01c_observe.ipynb #82104fea
 def observe(
     model:nn.Module, # Wrapped or not
     batches:Iterable, # Tensors, or tuples with the model's inputs first; gone through anew for each pass
@@ -248,18 +175,15 @@ def observe(
 ) -> tuple[dict[str, Moments], int]: # What each layer saw, by name, and the number of batches, over all ranks
     "Run `model` over `batches`, in as many passes as `observer` wants"
     check_passes(batches, n_batches, n_inp)
-    if isinstance(observer, OneByOne): refuse_iterator(batches)
-    root,found,more = named_modules(model)[''],{},True
-    show = progress and this_rank() == 0
-    bar = None
+    observer.check(batches)
+    root,show = named_modules(model)[''],progress and this_rank() == 0
+    found,left,bar = {},1,None
     def run(): return *_one_pass(root, with_progress(batches, n_batches, show and bar is None), observer, n_inp),observer.paths
-    while more:
+    while left:
         with undisturbed(root, batches): per_rank,counts,paths = zip(*on_all_ranks(run, model))
-        names = dict.fromkeys(name for seen in per_rank for name in seen)
-        new = {name: reduce(pool, [seen[name] for seen in per_rank if name in seen]) for name in names}
-        found |= new
-        more = observer.another_pass(new, sum(counts), [path for each in paths for path in sorted(each)])
-        if show and bar is None and observer.order: bar = progress_bar(None, total=len(observer.order)) # of layers, from now on
-        if bar is not None: bar.update(bar.total - len(observer.order))
+        found |= (new := pooled(per_rank))
+        left = observer.passes_left(new, sum(counts), [path for each in paths for path in sorted(each)])
+        if show and bar is None and left: bar = progress_bar(None, total=left) # of layers, from now on
+        if bar is not None: bar.update(bar.total - left)
     warn_of_fewer(n_batches, counts)
     return found,sum(counts)

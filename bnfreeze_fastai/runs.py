@@ -33,7 +33,7 @@ from .utils.tensors import fingerprint
 from .policies import AnyPolicy, is_function, put_policy
 from .freeze.groups import Groups, pretrained_norms
 from .utils.restore import reseed
-from .stats import Snapshot, moved, snapshot
+from .distances import Snapshot, moved, snapshot
 
 # %% ../nbs/06a_runs.ipynb #b7e2ecc1
 def check_epochs(

@@ -14,8 +14,9 @@ from torchvision.models import densenet121, mobilenet_v2, resnet18
 from bnfreeze_fastai.core import bn_mode, set_bn_mode
 from bnfreeze_fastai.layers import bn_layers, named_modules
 from bnfreeze_fastai.in_step import observe_in_step
-from bnfreeze_fastai.observe import OneByOne, observe
-from bnfreeze_fastai.stats import recalibrate_bn
+from bnfreeze_fastai.observe import observe
+from bnfreeze_fastai.one_by_one import OneByOne
+from bnfreeze_fastai.recalibrate import recalibrate_bn
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +131,20 @@ def test_batches_that_go_other_ways(choose, told):
             recalibrate_bn(Branches(choose), iter(images((6, 6, 3))), method='sequential', progress=False)
 
 
+@pytest.mark.parametrize('sizes', [(6, 6, 3), (6,)])
+@pytest.mark.parametrize('max_mem', [None, 0])
+@pytest.mark.parametrize(
+    'choose,told',
+    [
+        (lambda n: [0, 1] if n == 2 else [0], "no batch reaches the layer 'layers.1.1' as the first samples do"),
+        (lambda n: [0, 2, 1] if n == 2 else [0, 1, 2], 'the first samples do'),
+    ],
+)
+def test_first_samples_that_go_another_way_than_all_batches(choose, told, max_mem, sizes):
+    torch.manual_seed(0)
+    check(Branches(choose), images(sizes), told, max_mem=max_mem)
+
+
 class KeepsOnItself(nn.Module):
     def __init__(self):
         super().__init__()
@@ -144,6 +159,22 @@ class KeepsOnItself(nn.Module):
 def test_models_that_keep_something_on_themselves(sizes):
     "As fastai's U-Net does: a batch that waits finds there what another one left"
     check(KeepsOnItself(), images(sizes), 'keeps something' if len({*sizes}) == 1 else 'raised RuntimeError')
+
+
+class KeepsBySize(nn.Module):
+    "Batches of the same size overwrite what the others left"
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up, self.kept = nn.BatchNorm2d(3), nn.BatchNorm2d(3), {}
+
+    def forward(self, x):
+        self.kept[len(x)] = x
+        return self.up(self.down(x) * self.kept[len(x)])
+
+
+def test_models_that_keep_something_for_each_size():
+    check(KeepsBySize(), images((6, 6, 6)), 'keeps something')
 
 
 class InThread(nn.Module):
@@ -161,6 +192,28 @@ def with_grad(conv, x):
         y = conv(x)
         assert y.requires_grad
     return y.detach()
+
+
+class GradientOf(nn.Module):
+    "Layers inside of what is differentiated, and one that is given the gradient"
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.after = net(2), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = self.inner(x)
+            assert torch.is_grad_enabled() and y.requires_grad
+            y = torch.autograd.grad(y.square().sum(), x)[0]
+        return self.after(y)
+
+
+@pytest.mark.parametrize('max_mem,calls', [(None, 3 + 2), (0, 1 + 3 * 3)])
+def test_gradients_inside_of_a_model(max_mem, calls):
+    assert check(GradientOf(), images(), max_mem=max_mem) == calls
+    assert torch.is_grad_enabled()
 
 
 def in_half(conv, x):
@@ -263,7 +316,7 @@ def test_ctrl_c(where):
 
 def test_many_batches(monkeypatch):
     assert check(net(), images((2,) * 100, 4)) == 102
-    monkeypatch.setattr('bnfreeze_fastai.in_step.MAX_WALKS', 10)
+    monkeypatch.setattr('bnfreeze_fastai.look.MAX_WALKS', 10)
     assert check(net(), images((2,) * 11, 4)) == 1 + 3 * 11
 
 

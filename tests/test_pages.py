@@ -54,11 +54,11 @@ def test_pages_are_made_by_the_settings_of_the_repository_alone(tmp_path, monkey
 @pytest.mark.parametrize(
     'text,linked',
     [
-        ('`bn_drift`', '[`bn_drift`](../stats.md#bn_drift)'),
-        ('`bn_drift(model, start)`', '[`bn_drift(model, start)`](../stats.md#bn_drift)'),
+        ('`bn_drift`', '[`bn_drift`](../distances.md#bn_drift)'),
+        ('`bn_drift(model, start)`', '[`bn_drift(model, start)`](../distances.md#bn_drift)'),
         ('`learn.bn_find(epochs=5)`', '[`learn.bn_find(epochs=5)`](../find.md#learner.bn_find)'),
         ('`fastai.callback.core.Callback`', '[`fastai.callback.core.Callback`](https://docs.fast.ai/callback.core.html#callback)'),
-        ('see [the `bn_drift` page](../02_stats.ipynb#Drift)', 'see [the `bn_drift` page](../stats.md#drift)'),
+        ('see [the `bn_drift` page](../01i_distances.ipynb#Drift)', 'see [the `bn_drift` page](../distances.md#drift)'),
         ('[which](which_mode.ipynb), [back](../index.ipynb)', '[which](which_mode.md), [back](../index.md)'),
         ('[which](nbs/tutorials/which_mode.ipynb)', '[which](which_mode.md)'),
         ('`n_batches`', '`n_batches`'),

@@ -113,7 +113,7 @@ def test_search_finds_freeze_to_bn_and_leads_to_it(visit):
 
 @needs_browser
 def test_formulas_are_drawn_with_their_fonts(visit):
-    page = visit('stats.html')
+    page = visit('distances.html')
     formula = page.locator('.arithmatex .katex').first
     assert formula.is_visible() and formula.bounding_box()['width'] > 10
     assert page.evaluate("document.fonts.ready.then(() => [...document.fonts].some(f => f.family == 'KaTeX_Math' && f.status == 'loaded'))")
@@ -172,12 +172,16 @@ def test_everything_public_has_its_place(built):
     everything = ''.join(text.values())
     assert [m for m in METHODS if f'id="learner.{m.lower()}"' not in everything] == []
     assert 'ValueError' in text['learner'].partition('id="learner.fuse_bn"')[2].partition('<details')[0]  # said of what is returned
-    for alias, module in {'ModeSpec': 'policy', 'Schedule': 'policy', 'Snapshot': 'stats', 'Policies': 'runs', 'Fit': 'runs'}.items():
+    for alias, module in {'ModeSpec': 'policy', 'Schedule': 'policy', 'Snapshot': 'distances', 'Policies': 'runs', 'Fit': 'runs'}.items():
         assert f'<span class="n">{alias}</span> <span class="o">=' in text[module], alias
 
 
 FAULTS = dict(
-    page='[x](nowhere.md)', anchor='[x](stats.md#nowhere)', own='[x](#nowhere)', picture='![x](nowhere.png)', absolute='[x](/stats.md)'
+    page='[x](nowhere.md)',
+    anchor='[x](distances.md#nowhere)',
+    own='[x](#nowhere)',
+    picture='![x](nowhere.png)',
+    absolute='[x](/distances.md)',
 )
 
 

@@ -13,7 +13,9 @@ from bnfreeze_fastai.fuse import fused_bn, kept_bytes
 from bnfreeze_fastai.plots import plot_differences, plot_score_curves, plot_scores, plot_gains
 from bnfreeze_fastai.freeze.policy import Policy
 from bnfreeze_fastai.precompute import precomputed
-from bnfreeze_fastai.stats import bn_drift, bn_shift, moved, recalibrate_bn, snapshot
+from bnfreeze_fastai.distances import bn_drift, moved, snapshot
+from bnfreeze_fastai.recalibrate import recalibrate_bn
+from bnfreeze_fastai.shift import bn_shift
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained')
 X = [torch.randn(8, 3, 8, 8) for _ in range(2)]

@@ -29,7 +29,7 @@ from .groups import trained_now
 from ..layers import norm_layers
 from .policy import ModeSpec, Policy, check_policy
 from .stages import Schedule, Stages, check_schedule
-from ..stats import snapshot
+from ..distances import snapshot
 
 # %% ../../nbs/freeze/08_callback.ipynb #1e775165
 def active_callback(

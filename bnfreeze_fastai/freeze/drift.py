@@ -18,7 +18,7 @@ from torch import Tensor
 from .copies import leave_a_copy
 
 from ..plots import plot_bn_drift
-from ..stats import bn_drift, snapshot
+from ..distances import bn_drift, snapshot
 
 # %% ../../nbs/freeze/12_drift.ipynb #acc77200
 class BatchNormDrift(Callback):

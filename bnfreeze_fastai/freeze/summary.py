@@ -22,7 +22,7 @@ from .groups import Groups, thawed_by_hand, unknown_to_optimizer
 from .guard import look_moving, other_buffers
 from .policy import told_policy
 from ..layers import MODES, affine_params, keeps_stats, mode_name, stats_buffers, updates_stats
-from ..stats import moved
+from ..distances import moved
 
 # %% ../../nbs/freeze/10_summary.ipynb #49303498
 class BatchNormSummary:
