@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from .convolution import FUNCTIONS
 from .core import Temporary, clean_copies, keeps_stats, named_modules, norm_layers, refuse_compiled
-from .deferred import Deferred, Uses, defer
+from .lazy import Deferred, Uses, defer
 from .restore import standing_in
 
 # %% ../nbs/02f_fuse.ipynb #e5074810

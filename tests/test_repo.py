@@ -28,7 +28,7 @@ FLOORS = [
     'cut',
     'store',
     'convolution',
-    'deferred',
+    'lazy',
     'fuse',
     'finite',
     'point',
