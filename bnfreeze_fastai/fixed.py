@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['drop_grads', 'level_slow_weights', 'fingerprint', 'named_tensors', 'all_ranks']
+__all__ = ['drop_grads', 'level_slow_weights', 'fingerprint', 'fingerprints', 'named_tensors', 'all_ranks']
 
 # %% ../nbs/02a_fixed.ipynb #dda02e06
 from collections.abc import Iterable
@@ -44,8 +44,17 @@ def fingerprint(
     tensor:Tensor, # Of any shape, type, layout and device; without values on `meta`
 ) -> bytes: # 16 bytes
     "A hash (XXH3) that differs when any bit of `tensor` does, but for odds of about 1 in 2^128"
+    return _digest(plain_parts(tensor))
+
+def fingerprints(
+    tensors:Iterable[Tensor], # Each as for `fingerprint`
+) -> list[bytes]: # One for each
+    "The fingerprints of all of them"
+    return [_digest(parts) for parts in [plain_parts(t) for t in tensors]]
+
+def _digest(parts:list[Tensor]) -> bytes:
     digest = xxh3_128()
-    for part in plain_parts(tensor): digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for part in parts: digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.digest()
 
 # %% ../nbs/02a_fixed.ipynb #fde2de84
