@@ -10,7 +10,7 @@ from torchvision import models
 
 from bench.measure import BATCH, SIZE, ratio_to
 from bnfreeze_fastai.fold import folded
-from bnfreeze_fastai.frozen_part import relative_error
+from bnfreeze_fastai.resume import relative_error
 from bnfreeze_fastai.stats import recalibrate_bn
 
 ROUNDS, REPEATS = 7, 4

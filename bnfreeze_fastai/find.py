@@ -30,7 +30,7 @@ from .compare import check_training
 from .core import bn_layers, keeps_stats, norm_layers
 from .differences import table_html, table_text
 from .folders import process_folder
-from .frozen_part import refuse_setting
+from .part import refuse_setting
 from .loaders import batch_size, check_loader, in_order, n_samples
 from .plots import plot_gains
 from .policy import frozen_groups

@@ -11,7 +11,7 @@ __all__ = ['folded', 'fold_frozen']
 # %% ../nbs/04a_fold.ipynb #4fd28926
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .calls import Call, watch
 from .core import Temporary, is_frozen_norm, keeps_stats
-from .cut import Call, Cut, Features, relative_error, resumable, watch
-from .frozen_part import WatchFrozen, device_of, find_frozen_part, one_input, ready, unchanging
-from .loaders import as_in_fit
+from .cut import Cut
+from .part import WatchFrozen, frozen_part
 from .restore import copied_buffers, evaluating, kept_rng
+from .resume import Features, relative_error
 
 # %% ../nbs/04a_fold.ipynb #0742fe8f
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -97,7 +98,7 @@ def folded(
 # %% ../nbs/04a_fold.ipynb #feb4e33a
 @contextmanager
 def _running(copy:nn.Sequential, cut:Cut) -> Iterator[None]:
-    "Let `copy` run in the place of what comes before `cut`"
+    "Let `copy` run in the place of what comes before `cut`, in a model that takes features"
     def run(module, args):
         x, = args
         if isinstance(x, Features) or x.requires_grad: return
@@ -105,18 +106,16 @@ def _running(copy:nn.Sequential, cut:Cut) -> Iterator[None]:
         return features.contiguous().as_subclass(Features)
     outermost = next(iter(cut.after))
     hook = outermost.register_forward_pre_hook(run)
-    try:
-        with resumable(cut): yield
+    try: yield
     finally: hook.remove()
 
 def _channels_last(x:Tensor) -> Tensor: return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
-# %% ../nbs/04a_fold.ipynb #90d517e1
-def _some_inputs(learn:Learner) -> Tensor:
-    "Samples of the training data as a fit gives them to the model; no random number is used up"
+# %% ../nbs/04a_fold.ipynb #67345327
+def _one_batch(learn:Learner):
+    "A batch of the training data; no random number is used up"
     dl = learn.dls.train
-    with kept_rng(dl): batch = dl.one_batch() if isinstance(dl, DataLoader) else next(iter(dl))
-    return as_in_fit(one_input(learn, batch), device_of(learn))
+    with kept_rng(dl): return dl.one_batch() if isinstance(dl, DataLoader) else next(iter(dl))
 
 def _check_folded(copy:nn.Sequential, before:list[nn.Module], x:Tensor):
     "Raise `ValueError` if `copy` is more than 1e-4 off what `before` gives in double precision, and twice as far as `before` itself"
@@ -128,20 +127,14 @@ def _check_folded(copy:nn.Sequential, before:list[nn.Module], x:Tensor):
         raise ValueError(f"Folded, the frozen part is off by {off:.1e} of the size of its output, more than 1e-4: code of its own uses "
                          "what a convolution gives before batch norm, or statistics are extreme. Train without this.")
 
-# %% ../nbs/04a_fold.ipynb #bb2762e4
+# %% ../nbs/04a_fold.ipynb #cd0b58a0
 @contextmanager
 def fold_frozen(
     learn:Learner, # With something frozen, and batch norm with it
 ) -> Iterator[Learner]: # `learn`
     "Run a faster copy of the frozen part in its place; `ValueError` before anything else where that is not exact to 1e-4"
-    with ExitStack() as stack:
-        with ready(learn):
-            x = _some_inputs(learn)
-            cut = find_frozen_part(learn, x)
-            copy = folded(cut.before, x[:2])
-            _check_folded(copy, cut.before, x[:2])
-        stack.callback(learn.remove_cbs, cb := WatchFrozen(cut, 'fold_frozen'))
-        stack.enter_context(_running(copy, cut))
-        stack.enter_context(unchanging(learn, 'fold_frozen'))
-        learn.add_cb(cb)
-        yield learn
+    with frozen_part(learn, 'fold_frozen') as part:
+        x = part.find([_one_batch(learn)])[:2]
+        copy = folded(part.cut.before, x)
+        _check_folded(copy, part.cut.before, x)
+        with part.used_by(WatchFrozen(part)), _running(copy, part.cut): yield learn

@@ -37,7 +37,7 @@ from .fixed import level_slow_weights
 from .fuse import refuse_fusion
 from .fuse_callback import BatchNormFuse
 from .guard import look_moving, other_buffers
-from .loaders import as_in_fit
+from .part import as_in_fit
 from .point import thawed_by_hand, unknown_to_optimizer
 from .policy import ModeSpec, Policy, check_policy, layer_groups, pretrained_norms, told_policy
 from .precompute import precomputed

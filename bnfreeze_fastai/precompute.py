@@ -15,207 +15,64 @@ The Learner keeps its model, optimizer and data loaders. A callback puts stored 
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['DTYPES', 'FeatureBatches', 'Origin', 'ServeFeatures', 'precomputed']
+__all__ = ['DTYPES', 'precomputed']
 
-# %% ../nbs/04_precompute.ipynb #7b6bb57d
-from collections import Counter
+# %% ../nbs/04_precompute.ipynb #b414ee0d
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from numbers import Integral
-from typing import NamedTuple
 
 import torch
-from fastai.callback.core import GatherPredsCallback
-from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from fastai.torch_core import to_device
-from fastcore.basics import GetAttr
-from torch import Tensor
 
 from .batches import memory_for, with_progress
-from .cut import Cut, noted, resumable, unmarked
-from .frozen_part import (N_TRIED, WatchFrozen, autocast, device_of, find_frozen_part, frozen_and_trained, one_input, ready,
-                                         refuse_setting, unchanging)
-from .loaders import (Contents, as_in_fit, batch_size, check_loader, in_order, index_batches, n_samples, same_source,
-                                     source)
+from .part import N_TRIED, FrozenPart, frozen_part
 from .restore import evaluating, kept_rng
-from .samples import Spots, random_transforms, refuse_random, refuse_skipped, watched
-from .store import Store, leaves
+from .samples import Samples
+from .serve import refuse_mixing, serving
+from .store import Store
 
-# %% ../nbs/04_precompute.ipynb #2c3c1753
+# %% ../nbs/04_precompute.ipynb #7708b1fe
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-def _check_arguments(n_aug, max_mem, dtype):
+def _check_arguments(n_aug, dtype):
     if n_aug is not None and (not isinstance(n_aug, Integral) or isinstance(n_aug, bool) or n_aug < 1):
         raise ValueError(f"`n_aug` is how many versions of each training sample to keep: 1 or more, or None, not {n_aug!r}.")
-    memory_for(max_mem) # refuses what is no number
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"Features cannot be kept as {dtype!r}: choose one of {', '.join(map(str, DTYPES))}, or None for as they come.")
 
-def _refuse_mixing(learn:Learner):
-    mixing = [cb.name for cb in learn.cbs if isinstance(cb, MixHandler)]
-    if mixing: raise ValueError(f"These callbacks change the input of the model in each batch: {', '.join(mixing)}. Remove them, as by "
-                                f"`learn.remove_cb(learn.{mixing[0]})`, or train without `precompute`.")
-
-# %% ../nbs/04_precompute.ipynb #7aef3358
-class _Data(NamedTuple):
-    "A loader of the Learner, and how many versions of its samples to keep"
-    dl:object
-    name:str
-    passes:int
-    augmented:bool
-
-def _data(learn:Learner, n_aug:int|None) -> list[_Data]:
+# %% ../nbs/04_precompute.ipynb #c26b789c
+def _samples(learn:Learner, n_aug:int|None) -> list[Samples]:
     "The training and the validation data, if there are any samples"
     kinds = ('training', n_aug or 1, n_aug is not None),('validation', 1, False)
-    data = [_Data(dl, *kind) for dl,kind in zip(learn.dls.loaders, kinds)]
-    for d in data: check_loader(d.dl, d.name)
-    data = [d for d in data if n_samples(d.dl)]
-    if not data: raise ValueError("The Learner has no training or validation samples to run: give it data, as by `learn.dls = …`.")
-    return data
+    found = [s for dl,kind in zip(learn.dls.loaders, kinds) if (s := Samples(dl, *kind)).n]
+    if not found: raise ValueError("The Learner has no training or validation samples to run: give it data, as by `learn.dls = …`.")
+    return found
 
-def _spots(data:list[_Data]) -> dict[str, Spots]: # By name of the loader
-    "Samples spread over the data, if they are the same each time"
-    for d in data:
-        if not d.augmented: refuse_random(random_transforms(d.dl), d.name)
-    return {d.name: Spots(d.dl, d.name, d.augmented) for d in data}
+def _tried(data:list[Samples]) -> list: # Batches of one
+    "Samples for a try of the model, no more than a batch, spread over the training and validation data"
+    n = max(2, min(N_TRIED, *(s.bs for s in data)))
+    shares = zip(data, (n - n//4, n//4) if len(data) > 1 else (n,))
+    return [rows[i*len(rows)//k] for rows,k in [(list(s.kept.values()), k) for s,k in shares] for i in range(min(k, len(rows)))]
 
-def _tried(learn:Learner, data:list[_Data], spots:dict[str, Spots]) -> Tensor:
-    "Inputs for a try of the model, no more than a batch, spread over the training and validation data"
-    n,found = max(2, min(N_TRIED, *(batch_size(d.dl) for d in data))),[]
-    for d,share in zip(data, (n - n//4, n//4) if len(data) > 1 else (n,)):
-        rows = list(spots[d.name].kept.values())
-        found += [one_input(learn, rows[i*len(rows)//share]) for i in range(min(share, len(rows)))]
-    alike = [x for x in found if x.shape == found[0].shape and x.dtype == found[0].dtype]
-    return as_in_fit(torch.cat(alike), device_of(learn))
+# %% ../nbs/04_precompute.ipynb #0b266f9d
+def _fill(part:FrozenPart, data:list[Samples], left:float, dtype:torch.dtype|None) -> list[tuple[Samples, Store]]:
+    "The features of all samples, with `left` bytes of memory for them"
+    stores,total = {},sum(s.passes * -(-s.n//s.bs) for s in data)
+    with evaluating(part.learn.model):
+        batches = ((s, *batch) for s in data for batch in s.batches())
+        for s,k,start,batch in with_progress(batches, total, hasattr(part.learn, 'progress')):
+            targets = batch[1:] if isinstance(batch, (tuple, list)) else ()
+            kept = to_device((part.features(batch), *targets), 'cpu')
+            if s not in stores:
+                stores[s] = Store(s.passes, s.n, kept, dtype=dtype, max_mem=left)
+                left -= 0 if stores[s].in_file else stores[s].n_bytes
+            stores[s].put(k, start, kept)
+    for s in data: s.finish()
+    return list(stores.items())
 
-# %% ../nbs/04_precompute.ipynb #fc471172
-def _batches(data:list[_Data]) -> Iterator[tuple[_Data, int, tuple]]: # With the pass
-    for d in data:
-        for k in range(d.passes):
-            for batch in watched(d.dl, d.name, d.augmented): yield d,k,batch
-
-def _fill(learn:Learner, cut:Cut, data:list[_Data], spots:dict[str, Spots], left:float, dtype:torch.dtype|None) -> dict[str, Store]:
-    "The features of all samples by name of the loader, with `left` bytes of memory for them"
-    stores,seen = {},Counter()
-    total = sum(d.passes * len(in_order(d.dl)) for d in data)
-    with evaluating(learn.model):
-        for d,k,batch in with_progress(_batches(data), total, hasattr(learn, 'progress')):
-            with autocast(learn): features = cut.features(as_in_fit(one_input(learn, batch), device_of(learn)))
-            kept = to_device((features, *(batch[1:] if isinstance(batch, (tuple, list)) else ())), 'cpu')
-            if d.name not in stores:
-                stores[d.name] = Store(d.passes, n_samples(d.dl), kept, dtype=dtype, max_mem=left)
-                left -= 0 if stores[d.name].in_file else stores[d.name].n_bytes
-            stores[d.name].put(k, seen[d.name] % n_samples(d.dl), kept)
-            spots[d.name].see(seen[d.name] % n_samples(d.dl), batch)
-            seen[d.name] += len(features)
-    for d in data:
-        if seen[d.name] != d.passes * n_samples(d.dl): refuse_skipped(d.name)
-        spots[d.name].seen()
-    return stores
-
-# %% ../nbs/04_precompute.ipynb #74acf7b7
-class FeatureBatches(GetAttr):
-    "The batches of `dl`, with stored features in place of inputs unless its transforms were changed; all else is `dl`'s"
-    _default = 'dl'
-    def __init__(self, dl, store:Store, k:int, serve): self.dl,self.store,self.k,self.serve,self.made_of = dl,store,k,serve,source(dl)
-    def __len__(self): return len(self.dl)
-
-    def __iter__(self):
-        if not self._unchanged(): return (yield from self.dl)
-        for rows in index_batches(self.dl):
-            if not self._unchanged(): raise RuntimeError("A callback changed the transforms of the loader amid an epoch, which stored "
-                                                         "batches cannot follow: change them in `before_epoch`.")
-            yield self.serve(self.store.get(self.k, rows))
-
-    def _unchanged(self) -> bool: return same_source(self.made_of, source(self.dl))
-
-# %% ../nbs/04_precompute.ipynb #864cce39
-def _refuse_stale(origin:Origin):
-    "Raise `RuntimeError` if the data are seen to differ from what is stored"
-    if origin.contents.same() and origin.spots.fresh(): return
-    raise RuntimeError(f"The {origin.spots.loader} data are no longer what they were on entering: samples or labels were added, taken out, "
-                       "replaced or written to. Leave the `with learn.precompute()` block and enter it again.")
-
-def _writes(targets) -> list:
-    "What differs if `targets` were changed"
-    return [(t.data_ptr(), t.shape, t._version) for t in leaves(targets) if isinstance(t, Tensor)]
-
-_IN_BATCH = 'before_batch','after_pred','after_loss'
-_KNOWN = ('fastai.', 'bnfreeze_fastai.') # callbacks from here keep the input as it is, or are refused by name
-
-class Origin(NamedTuple):
-    "The loader that features are of, and what tells whether its data are still the same"
-    source:tuple
-    spots:Spots
-    contents:Contents
-
-class ServeFeatures(WatchFrozen):
-    "Train on stored features where there are any"
-    order = float('inf') # last: it takes loader and batch as every other callback leaves them
-    def __init__(self,
-        cut:Cut,
-        stores:list[tuple[Origin, Store]], # Of each loader
-    ):
-        super().__init__(cut, 'precompute')
-        self.stores,self.served,self.marked = stores,None,None
-
-    def before_fit(self) -> None:
-        super().before_fit()
-        if self.learn.lock.locked(): return # a validation, which announces itself as a fit
-        refuse_setting(self.learn)
-        _refuse_mixing(self.learn)
-
-    def before_train(self) -> None:
-        "Take the features for the samples, if they are stored"
-        self.served = self.marked = None
-        mine = source(self.learn.dl)
-        origin,store = next(((origin, store) for origin,store in self.stores if same_source(origin.source, mine)), (None, None))
-        wants_input = any(isinstance(cb, GatherPredsCallback) and cb.with_input for cb in self.learn.cbs)
-        if store is None or wants_input: return
-        super().before_train()
-        _refuse_stale(origin)
-        self.learn.dl = FeatureBatches(self.learn.dl, store, getattr(self.learn, 'epoch', 0) % store.n_passes, self._serve)
-
-    def _serve(self, batch:tuple) -> tuple:
-        features,*targets = to_device(batch, device_of(self.learn)) # here, so that the fit's own move leaves the tensor what it is
-        self.served,self.read,self.targets = (features, features._version),[],_writes(targets)
-        return noted(features, self.read),*targets
-
-    def before_batch(self) -> None:
-        "Mark features as such, unless this is a batch of samples"
-        (features,version),self.served,self.marked = self.served or (None, None),None,None
-        if features is None: return
-        x, = self.learn.xb
-        layout = lambda t: (t.data_ptr(), t.shape[1:], t.stride()[1:]) # some of the samples will do
-        if layout(x) != layout(features) or x._version != version: self._refuse_change()
-        self.marked = noted(unmarked(x), self.read)
-        self.learn.xb = (self.marked,)
-
-    def after_pred(self) -> None:
-        if self.marked is not None and self.learn.xb[0] is not self.marked: self._refuse_change()
-
-    def after_loss(self) -> None:
-        if self.marked is None or not self.read or _writes(self.learn.yb) == self.targets: return
-        raise RuntimeError("A callback reads the input of the model and changes its targets, which cannot be made from stored features: "
-                           f"look at {self._able()}, and remove it, or train without `precompute`.")
-
-    def _able(self) -> str:
-        "The callbacks that may change a batch"
-        able = [cb.name for cb in self.learn.cbs if any(hasattr(cb, k) for k in _IN_BATCH) and not type(cb).__module__.startswith(_KNOWN)]
-        return ', '.join(able) or 'the callbacks'
-
-    def _refuse_change(self):
-        raise RuntimeError("A callback changed the input of the model, which stored features cannot follow: look at "
-                           f"{self._able()}, and remove it, or train without `precompute`.")
-
-# %% ../nbs/04_precompute.ipynb #e788d855
-def _forget(learn:Learner, cb:ServeFeatures):
-    "Take `cb` and what it served from `learn`"
-    if cb in learn.cbs: learn.remove_cb(cb)
-    if isinstance(getattr(learn, 'dl', None), FeatureBatches): learn.dl = learn.dl.dl
-    cb.stores,cb.served = [],None
-
+# %% ../nbs/04_precompute.ipynb #d071a433
 @contextmanager
 def precomputed(
     learn:Learner, # With something frozen, and batch norm with it
@@ -224,21 +81,13 @@ def precomputed(
     dtype:torch.dtype|None=None, # Keep features in this type, such as `torch.float16`; as they come if not given
 ) -> Iterator[Learner]: # `learn`
     "Run the frozen part once, and train on what it gave; `ValueError` where that would not be exact, `OSError` if the disk is full"
-    _check_arguments(n_aug, max_mem, dtype)
-    refuse_setting(learn)
-    _refuse_mixing(learn)
-    data = _data(learn, n_aug)
+    _check_arguments(n_aug, dtype)
     left = memory_for(max_mem)
-    with ExitStack() as stack:
-        with ready(learn), kept_rng(*(d.dl for d in data)):
-            frozen_and_trained(learn) # what it refuses, it refuses at once
-            spots = _spots(data)
-            cut = find_frozen_part(learn, _tried(learn, data, spots))
-            stores = _fill(learn, cut, data, spots, left, dtype)
-            kept = [(Origin(source(d.dl), spots[d.name], Contents(d.dl)), stores[d.name]) for d in data]
-        cb = ServeFeatures(cut, kept)
-        stack.callback(_forget, learn, cb)
-        stack.enter_context(resumable(cut))
-        stack.enter_context(unchanging(learn, 'precompute'))
-        learn.add_cb(cb)
-        yield learn
+    with frozen_part(learn, 'precompute') as part:
+        refuse_mixing(learn)
+        data = _samples(learn, n_aug)
+        with kept_rng(*(s.dl for s in data)):
+            for s in data: s.look()
+            part.find(_tried(data))
+            stores = _fill(part, data, left, dtype)
+        with serving(part, stores): yield learn

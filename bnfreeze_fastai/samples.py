@@ -6,103 +6,29 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['random_transforms', 'refuse_random', 'refuse_skipped', 'same_samples', 'watched', 'spread', 'Spots']
+__all__ = ['same_samples', 'spread', 'Samples']
 
-# %% ../nbs/03d_samples.ipynb #a8fcd782
+# %% ../nbs/03d_samples.ipynb #23049794
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
-from numbers import Number
-from types import CellType, FunctionType, MethodType
 
-import numpy as np, torch
+import torch
 from fastai.data.load import DataLoader
 from fastai.torch_core import apply
-from fastai.vision.augment import RandTransform, Resize, ResizeMethod
+from fastai.vision.augment import RandTransform
 from fastcore.basics import patch, store_attr
 from fastcore.test import equals
-from fasttransform import Transform
-from torch import Tensor, nn
-from torch.utils.data import DataLoader as TorchDataLoader, default_collate
+from torch import Tensor
 
-from .loaders import batch_size, in_order, n_samples, pipelines, split_of
+from .batches import tensors_in
+from .drawing import Undrawn, UndrawnDataset, crops, random_transforms, refuse_random
+from .loaders import batch_size, check_loader, in_order, n_samples
 from .restore import kept_rng
-from .store import leaves
+from .source import Contents, batch_makers, dataset_name, has_own_batches, name_of, pipelines, source, split_of
 
-# %% ../nbs/03d_samples.ipynb #08254387
-def _crops(t) -> bool: return isinstance(t, Resize) and t.method != ResizeMethod.Squish
-
-_DRAWING = ('Rand', 'ColorJitter', 'AutoAugment', 'TrivialAugment', 'AugMix', 'ElasticTransform', 'GaussianNoise', 'ScaleJitter', 'MixUp',
-            'CutMix')
-_WITH_P = ('torchvision', 'albumentations', 'kornia', 'audiomentations', 'torch_audiomentations')
-
-def _draws(o) -> bool:
-    "Whether `o` is known to draw random numbers that matter"
-    if isinstance(o, Resize): return False # its crops are seen when they happen
-    p,packages = getattr(o, 'p', None),{t.__module__.split('.')[0] for t in type(o).__mro__}
-    if isinstance(p, Number) and p == 0: return False
-    if isinstance(o, RandTransform): return True
-    if isinstance(p, Number) and 0 < p < 1 and (hasattr(o, 'always_apply') or packages & set(_WITH_P)): return True
-    names = [t.__name__ for t in type(o).__mro__ if t.__module__.startswith('torchvision.transforms')]
-    if 'GaussianBlur' in names: return o.sigma[0] != o.sigma[1]
-    return any(n.startswith(_DRAWING) for n in names)
-
-# %% ../nbs/03d_samples.ipynb #e4e68218
-_APPLIED = ('transform', 'transforms', 'target_transform', 'tfm', 'tfms', 'aug', 'augs', 'augment', 'augmentation', 'augmentations',
-            'dataset', 'datasets')
-
-def _inside(o) -> list:
-    "What a dataset, a transform or a function applies"
-    if type(o) in (list, tuple): return list(o) if len(o) <= 100 else []
-    if isinstance(o, partial): return [o.func, *o.args, *o.keywords.values()]
-    if isinstance(o, MethodType): return [o.__self__, o.__func__]
-    if isinstance(o, FunctionType):
-        filled = [c.cell_contents for c in o.__closure__ or () if c != CellType()]
-        return filled + [*(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]
-    if isinstance(o, (Tensor, np.ndarray, str, bytes, type)) or not hasattr(o, '__dict__'): return []
-    own = [m.implementation for m in o.encodes.methods] if isinstance(o, Transform) else []
-    if callable(o): return own + [*vars(o).values(), *(o.children() if isinstance(o, nn.Module) else ())]
-    return own + [v for k,v in vars(o).items() if k.lstrip('_') in _APPLIED]
-
-def _drawing(o, seen:set) -> list[str]:
-    if id(o) in seen or isinstance(getattr(o, 'p', None), Number) and o.p == 0: return [] # never applied, nor what is in it
-    seen.add(id(o))
-    return [_name(o)] if _draws(o) else [n for v in _inside(o) for n in _drawing(v, seen)]
-
-def _name(t) -> str: return getattr(t, 'name', repr(t)).strip()
-
-# %% ../nbs/03d_samples.ipynb #4ac7d2e8
-def random_transforms(
-    dl:DataLoader|TorchDataLoader,
-) -> list[str]: # As they print
-    "The transforms of `dl` known to be random on its split"
-    if not isinstance(dl, DataLoader): return _drawing([dl.dataset, dl.collate_fn], set())
-    # the class's split: some transforms write the one that they were last called for onto themselves
-    rests = lambda t: isinstance(t, RandTransform) and (split_of(dl) or type(t).split_idx not in (None, split_of(dl)))
-    crops_late = lambda t,event: _crops(t) and event != 'after_item'
-    of_batch = [vars(dl).get(k) for k in ('create_item', 'create_batch', 'do_item', 'do_batch')]
-    found = [_name(t) for event,fs in pipelines(dl).items() for t in fs if crops_late(t, event) and not rests(t)]
-    return found + _drawing([dl.dataset, *of_batch, *(t for fs in pipelines(dl).values() for t in fs if not rests(t))], set())
-
-# %% ../nbs/03d_samples.ipynb #34a002b7
-_REMEDY = ("Leave them out, or keep several versions of each training sample by `n_aug=k`. `Resize` is the same each time with "
-           "`method='squish'`, or where images have the right shape already.")
-
-def refuse_random(
-    names:list[str], # Of transforms
-    loader:str, # What to call the loader
-) -> None:
-    "Raise `ValueError` if there are any"
-    if names: raise ValueError(f"The {loader} samples differ from epoch to epoch, by {', '.join(names)}. {_REMEDY}")
-
-def refuse_skipped(loader:str):
-    raise ValueError(f"The {loader} loader left out samples (`SkipItemException`): take them out of the dataset.")
-
-def _refuse_mixing(names:list[str], loader:str):
-    raise ValueError(f"The {loader} samples depend on the others in their batch, by one of {', '.join(names)}. Make each on its own, in "
-                     "`item_tfms` (pad all to one size there), or train without this.")
-
+# %% ../nbs/03d_samples.ipynb #a7e1b02f
 def same_samples(
     a, # Tensors and other values, in tuples, lists and dicts
     b,
@@ -114,73 +40,28 @@ def same_samples(
     if a.shape != b.shape or a.dtype != b.dtype: return False
     return torch.allclose(a, b, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)
 
-def _rows(batch, rows:slice|Tensor): return apply(lambda t: t[rows] if isinstance(t, Tensor) and t.ndim else t, batch)
+def _rows(batch, rows:slice|Tensor=slice(None)): # On the CPU
+    return apply(lambda t: t.detach().cpu()[rows if t.ndim else ...] if isinstance(t, Tensor) else t, batch)
+
+def _n_rows(batch) -> int: # By the first of its tensors
+    if isinstance(batch, Mapping): batch = tuple(batch.values())
+    if isinstance(batch, (tuple, list)) and len(batch): return _n_rows(batch[0])
+    return len(batch) if isinstance(batch, Tensor) and batch.ndim else 1
+
+def _refuse_mixing(names:list[str], loader:str):
+    raise ValueError(f"The {loader} samples depend on the others in their batch, by one of {', '.join(names)}. Make each on its own, in "
+                     "`item_tfms` (pad all to one size there), or train without this.")
 
 # %% ../nbs/03d_samples.ipynb #72f606b7
-def _of_dataset(dl) -> str:
-    t = getattr(dl.dataset, 'transform', None)
-    return f"the dataset itself ({type(dl.dataset).__name__}{'' if t is None else f' with transform {t!r}'})"
-
-def _culprits(dl, i:int) -> list[str]:
-    "The first of the dataset, and of the item transforms, that gives two things for sample `i`; else what makes batches"
-    if not isinstance(dl, DataLoader): return [_of_dataset(dl)]
-    make = partial(dl.create_item, i)
-    if not _repeats(make): return [_of_dataset(dl)]
-    item = make()
-    for t in pipelines(dl)['after_item']:
-        if not _repeats(partial(t, item, split_idx=split_of(dl))): return [_name(t)]
-        item = t(item, split_idx=split_of(dl))
-    return _batch_makers(dl)
-
-def _batch_makers(dl) -> list[str]:
-    "What could make a sample depend on the others in its batch"
-    if not isinstance(dl, DataLoader):
-        own = [] if dl.collate_fn is default_collate else [f"the collate function ({getattr(dl.collate_fn, '__name__', dl.collate_fn)})"]
-        return own + [_of_dataset(dl)]
-    own = ['the making of batches (`create_batch`)'] if _has_own_batches(dl) and not pipelines(dl)['before_batch'] else []
-    return own + [_name(t) for k in ('before_batch', 'after_batch') for t in pipelines(dl)[k]] or [_of_dataset(dl)]
-
-def _repeats(make:Callable, times:int=8) -> bool:
-    first = make()
-    return all(same_samples(first, make()) for _ in range(times))
-
-def _has_own_batches(dl) -> bool:
-    "Whether anything but a stacking of samples makes a batch"
-    if not isinstance(dl, DataLoader): return dl.collate_fn is not default_collate
-    own = lambda k: k in vars(dl) or getattr(type(dl), k) is not getattr(DataLoader, k)
-    before = getattr(dl, 'before_batch')
-    return own('do_batch') or own('create_batch') or bool(before.fs if hasattr(before, 'fs') else own('before_batch'))
-
-# %% ../nbs/03d_samples.ipynb #8d89a2b6
-def _generators() -> tuple:
-    "The state of all generators that are shared"
-    kind,keys,*rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state().numpy().tobytes() if torch.cuda.is_initialized() else b''
-    return random.getstate(),keys.tobytes(),*rest,torch.get_rng_state().numpy().tobytes(),cuda
-
-class _Undrawn:
-    "Calls `f`, and raises if it draws random numbers"
-    def __init__(self, f:Callable, names:list[str], loader:str): store_attr()
-    def __call__(self, *args, **kwargs):
-        before = _generators()
-        res = self.f(*args, **kwargs)
-        if _generators() != before: refuse_random([f'what draws random numbers in {n}' for n in self.names], self.loader)
-        return res
-
-class _UndrawnDataset:
-    "A dataset that raises if its samples draw random numbers"
-    def __init__(self, dataset, names:list[str], loader:str):
-        vars(self).update(_dataset=dataset, _get=_Undrawn(dataset.__getitem__, names, loader))
-    def __getattr__(self, k):
-        if k.startswith('__') or k in ('_dataset', '_get'): raise AttributeError(k)
-        return getattr(self._dataset, k)
-    def __setattr__(self, k, v): setattr(self._dataset, k, v)
-    def __len__(self): return len(self._dataset)
-    def __getitem__(self, i): return self._get(i)
-    def __getitems__(self, rows):
-        get = getattr(self._dataset, '__getitems__', None)
-        if not get: return [self[i] for i in rows]
-        return _Undrawn(get, self._get.names, self._get.loader)(rows)
+def _culprits(dl, items:list, i:int) -> list[str]:
+    "The first of the dataset, and of the transforms `items`, that gives two things for sample `i`; else what makes batches"
+    repeats = lambda f,*args,**kwargs: all(same_samples(f(*args, **kwargs), f(*args, **kwargs)) for _ in range(8))
+    if not isinstance(dl, DataLoader) or not repeats(dl.create_item, i): return [dataset_name(dl)]
+    item,split = dl.create_item(i),split_of(dl)
+    for t in items:
+        if not repeats(t, item, split_idx=split): return [name_of(t)]
+        item = t(item, split_idx=split)
+    return batch_makers(dl)
 
 # %% ../nbs/03d_samples.ipynb #fb770aba
 class _Unmixed:
@@ -196,50 +77,15 @@ class _Unmixed:
         if not same: _refuse_mixing(self.names, self.loader)
         return batch
 
-# %% ../nbs/03d_samples.ipynb #71d69504
 class _SameTwice:
     "Item transforms that see whether they give the same twice"
     def __init__(self, pipeline, loader:str): self.pipeline,self.loader = pipeline,loader
     def __call__(self, item):
         res = self.pipeline(item)
-        if not same_samples(res, self.pipeline(item)): refuse_random([_name(t) for t in self.pipeline.fs if _crops(t)], self.loader)
+        if not same_samples(res, self.pipeline(item)): refuse_random([name_of(t) for t in self.pipeline.fs if crops(t)], self.loader)
         return res
 
-def _watch_fastai(dl:DataLoader, loader:str, draws:bool):
-    fs = pipelines(dl)
-    if not draws:
-        rand = any(isinstance(t, RandTransform) for k in ('after_item', 'before_batch') for t in fs[k])
-        if not split_of(dl) and any(map(_crops, fs['after_item'])):
-            dl.after_item.split_idx = split_of(dl) # fastai sets it at the start of an epoch, if it finds a pipeline
-            dl.after_item = _SameTwice(dl.after_item, loader)
-        if not any(isinstance(t, RandTransform) for t in fs['dataset']):
-            dl.create_item = _Undrawn(dl.create_item, [_of_dataset(dl)], loader)
-        if not rand: dl.do_item = _Undrawn(dl.do_item, [_name(t) for t in fs['after_item']] or [_of_dataset(dl)], loader)
-    if _has_own_batches(dl):
-        dl.do_batch = _Unmixed(dl.do_batch, _batch_makers(dl), loader)
-        if not draws and not rand: dl.do_batch = _Undrawn(dl.do_batch, _batch_makers(dl), loader)
-
-def watched(
-    dl:DataLoader|TorchDataLoader, # One that `check_loader` accepts
-    loader:str, # What to call it
-    draws:bool, # May its transforms be random?
-) -> Iterator: # Of its batches; `ValueError` where a sample is not the same each time
-    "All samples of `dl` in order, each seen to be made on its own"
-    new = in_order(dl)
-    if isinstance(new, DataLoader): _watch_fastai(new, loader, draws)
-    else:
-        own,dataset = _has_own_batches(new),new.dataset
-        if not draws: dataset = _UndrawnDataset(dataset, [_of_dataset(new)], loader)
-        f = _Unmixed(new.collate_fn, _batch_makers(new), loader) if own else new.collate_fn
-        if own and not draws: f = _Undrawn(f, _batch_makers(new), loader)
-        new = in_order(dl, dataset=dataset, collate_fn=f)
-    batches,rand = iter(new),any(isinstance(t, RandTransform) for fs in pipelines(dl).values() for t in fs)
-    first = next(batches, None) # only to start, a loader draws
-    if first is not None: yield first
-    fetch = partial(next, batches, None) if draws or rand else _Undrawn(partial(next, batches, None), _batch_makers(dl), loader)
-    while (batch := fetch()) is not None: yield batch
-
-# %% ../nbs/03d_samples.ipynb #b637333a
+# %% ../nbs/03d_samples.ipynb #86d97e17
 _N_SPOTS,_SPOT_BYTES,_N_FRESH = 64,2**28,4
 
 def spread(
@@ -251,74 +97,105 @@ def spread(
     if n <= k: return list(range(n))
     return sorted({0, n-1, *(rng.randrange(i*n//k, (i+1)*n//k) for i in range(k))})
 
-def _n_bytes(batch) -> int: return sum(t.nbytes for t in leaves(batch) if isinstance(t, Tensor)) or 1
-
-def _on_cpu(batch): return apply(lambda t: t.detach().cpu() if isinstance(t, Tensor) else t, batch)
-
-# %% ../nbs/03d_samples.ipynb #61a3af99
-class Spots:
-    "Samples spread over the data of a loader, kept as it gives each alone"
+class Samples:
+    "The samples of a loader, seen to be the same whenever they are made"
     def __init__(self,
-        dl:DataLoader|TorchDataLoader, # One that `check_loader` accepts
-        loader:str, # What to call it
+        dl, # A loader of fastai or PyTorch; `ValueError` if its samples have no index, or a transform is known to be random
+        name:str, # What to call it
+        passes:int=1, # How many versions of each sample to give
         draws:bool=False, # May its transforms be random? Then only shapes are compared
     ):
+        check_loader(dl, name)
         store_attr()
-        n = n_samples(dl)
-        self.kept = dict(zip([0], self._alone([0])))
-        idxs = spread(n, max(4, min(_N_SPOTS, _SPOT_BYTES//_n_bytes(self.kept[0]))))
+        self.n,self.bs,self.fs,self.makers = n_samples(dl),batch_size(dl),pipelines(dl),batch_makers(dl)
+        self.rand = {k for k,ts in self.fs.items() if any(isinstance(t, RandTransform) for t in ts)} # where fastai's own draw
+        self.kept,self.targets,self.seen,self.turn = {},{},0,0 # samples by index; by target, one sample of each
+        if self.n and not draws: refuse_random(random_transforms(dl), name)
+
+    def look(self) -> None:
+        "Keep samples spread over the data; `ValueError` if they differ from one time to the next, or in other company"
+        first = next(self._alone([0]))
+        idxs = spread(self.n, max(4, min(_N_SPOTS, _SPOT_BYTES//(sum(t.nbytes for t in tensors_in(first)) or 1))))
         self.kept = dict(zip(idxs, self._alone(idxs)))
-        self.targets,self.n_targets,self.turn = {},len(idxs) + n//50,0
-        if not draws: self._refuse_changes(idxs)
-        self._refuse_neighbours(idxs)
+        if not self.draws: self._refuse_changed(self.kept)
+        mixed = random.Random(1).sample(idxs, len(idxs))
+        batches = map(_rows, in_order(self.dl, mixed, num_workers=0))
+        for i,row in zip(mixed, (_rows(b, slice(i, i+1)) for b in batches for i in range(_n_rows(b)))):
+            if not self._same(row, self.kept[i]): _refuse_mixing(self.makers, self.name)
 
-    def _alone(self, idxs):
+    def _alone(self, idxs:Sequence[int]) -> Iterator:
         n = 0
-        for n,batch in enumerate(in_order(self.dl, idxs, bs=1, num_workers=0), 1): yield _on_cpu(batch)
-        if n < len(idxs): refuse_skipped(self.loader)
+        for n,batch in enumerate(in_order(self.dl, idxs, bs=1, num_workers=0), 1): yield _rows(batch)
+        if n < len(idxs): self._refuse_skipped()
 
-    def _refuse_changes(self, idxs):
-        "Raise if samples made alone again are not those kept"
-        for i,batch in zip(idxs, self._alone(idxs)):
-            if not same_samples(batch, self.kept[i]): refuse_random(_culprits(self.dl, i), self.loader)
+    def _refuse_skipped(self):
+        raise ValueError(f"The {self.name} loader left out samples (`SkipItemException`): take them out of the dataset.")
 
-    def _refuse_neighbours(self, idxs):
-        mixed,bs = random.Random(1).sample(idxs, len(idxs)),batch_size(self.dl)
-        rows = (_rows(b, slice(i, i+1)) for b in map(_on_cpu, in_order(self.dl, mixed, num_workers=0)) for i in range(len(next(leaves(b)))))
-        for i,row in zip(mixed, rows):
-            if not self._same(row, self.kept[i]): _refuse_mixing(_batch_makers(self.dl), self.loader)
+    def _refuse_changed(self, samples:dict):
+        "Raise if `samples`, made alone again, are not what they were"
+        for i,again in zip(samples, self._alone(list(samples))):
+            if not same_samples(again, samples[i]): refuse_random(_culprits(self.dl, self.fs['after_item'], i), self.name)
 
     def _same(self, a, b) -> bool:
-        shapes = lambda o: [t.shape for t in leaves(o) if isinstance(t, Tensor)]
+        shapes = lambda o: [t.shape for t in tensors_in(o)]
         return shapes(a) == shapes(b) if self.draws else same_samples(a, b)
 
-# %% ../nbs/03d_samples.ipynb #54397fd4
+# %% ../nbs/03d_samples.ipynb #89108a71
 @patch
-def see(self:Spots,
-    start:int, # Index of its first sample
-    batch, # From the one pass over the data
-) -> None:
-    "Raise `ValueError` if a sample of `batch` is not as it was alone; note a sample of each target that occurs"
-    batch = _on_cpu(batch)
-    for i in range(start, start + len(next(leaves(batch)))):
-        row = _rows(batch, slice(i-start, i-start+1))
-        if i in self.kept and not self._same(row, self.kept[i]): _refuse_mixing([*_batch_makers(self.dl), 'its workers'], self.loader)
-        if self.draws or len(self.targets) >= self.n_targets or not isinstance(row, (tuple, list)): continue
-        self.targets.setdefault(b''.join(t.numpy().tobytes() for t in leaves(row[1:]) if isinstance(t, Tensor)), (i, row))
+def _watched(self:Samples):
+    "A loader of all samples in order, that raises if one is not made on its own"
+    own,dataset,items = has_own_batches(self.dl),dataset_name(self.dl),self.fs['after_item']
+    unmixed = lambda f: _Unmixed(f, self.makers, self.name) if own else f
+    undrawn = lambda f,names,may=False: f if self.draws or may else Undrawn(f, names, self.name)
+    if not isinstance(self.dl, DataLoader):
+        watched = self.dl.dataset if self.draws else UndrawnDataset(self.dl.dataset, [dataset], self.name)
+        return in_order(self.dl, dataset=watched, collate_fn=undrawn(unmixed(self.dl.collate_fn), self.makers, not own))
+    new,rand,split = in_order(self.dl),self.rand & {'after_item', 'before_batch'},split_of(self.dl)
+    if not self.draws and not split and any(map(crops, items)):
+        new.after_item.split_idx = split # fastai sets it at the start of an epoch, if it finds a pipeline
+        new.after_item = _SameTwice(new.after_item, self.name)
+    new.create_item = undrawn(new.create_item, [dataset], 'dataset' in self.rand)
+    new.do_item = undrawn(new.do_item, [name_of(t) for t in items] or [dataset], rand)
+    if own: new.do_batch = undrawn(unmixed(new.do_batch), self.makers, rand)
+    return new
 
 @patch
-def seen(self:Spots) -> None:
-    "Raise `ValueError` if one of the samples noted for their targets is not the same again"
-    new = {i: row for i,row in self.targets.values() if i not in self.kept}
-    for i,again in zip(new, self._alone(list(new))):
-        if not same_samples(again, new[i]): refuse_random(_culprits(self.dl, i), self.loader)
-    self.targets = {}
+def batches(self:Samples) -> Iterator[tuple]: # Of pass, index of the first sample, and batch
+    "All samples in order, pass by pass; `ValueError` where one is not the same each time"
+    for k in range(self.passes):
+        fetch = watched = partial(next, iter(self._watched()), None)
+        if not self.draws and not self.rand: watched = Undrawn(fetch, self.makers, self.name)
+        start,batch = 0,fetch() # only to start, a loader draws
+        while batch is not None:
+            n = self._see(start, batch)
+            yield k,start,batch
+            start,batch = start+n,watched()
 
 @patch
-def fresh(self:Spots) -> bool:
-    "Whether the next few samples, made once more, are as they were; no random number is used up"
-    idxs,n = list(self.kept),len(self.kept)
-    if self.draws: return True
-    idxs = sorted({idxs[(self.turn + k*n//_N_FRESH) % n] for k in range(min(_N_FRESH, n))})
+def _see(self:Samples, start:int, batch) -> int: # How many samples it has
+    "Raise if a sample of `batch` is not as it was alone; note a sample of each target that occurs"
+    batch = _rows(batch)
+    n,targets = _n_rows(batch),tensors_in(batch[1:]) if isinstance(batch, (tuple, list)) else None
+    self.seen += n
+    for i in range(n):
+        row,one = _rows(batch, slice(i, i+1)),start+i
+        if one in self.kept and not self._same(row, self.kept[one]): _refuse_mixing([*self.makers, 'its workers'], self.name)
+        if self.draws or targets is None or len(self.targets) >= len(self.kept) + self.n//50: continue
+        self.targets.setdefault(b''.join(t.numpy().tobytes() for t in _rows(targets, slice(i, i+1))), (one, row))
+    return n
+
+@patch
+def finish(self:Samples) -> None:
+    "After the pass: `ValueError` if samples were left out, or one noted for its target is not the same again; note what data these are"
+    if self.seen != self.passes*self.n: self._refuse_skipped()
+    self._refuse_changed({i: row for i,row in self.targets.values() if i not in self.kept})
+    self.targets,self.source,self.contents = {},source(self.dl),Contents(self.dl)
+
+@patch
+def look_again(self:Samples) -> bool:
+    "Whether the data are seen to be what they were; each call makes a few other samples once more, and uses up no random number"
+    if not (same := self.contents.same()) or self.draws: return same
+    kept,n = list(self.kept),len(self.kept)
+    idxs = sorted({kept[(self.turn + k*n//_N_FRESH) % n] for k in range(min(_N_FRESH, n))})
     self.turn += 1
     with kept_rng(self.dl): return all(same_samples(b, self.kept[i]) for i,b in zip(idxs, self._alone(idxs)))
