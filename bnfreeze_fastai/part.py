@@ -50,9 +50,9 @@ def frozen_and_trained(
     planned = [(n, modes[n]) for modes in planned_modes(learn) for n in sorted(frozen_layers)]
     moving = {n: mode for n,mode in planned if _moves(layers[n], mode)}
     if moving: raise ValueError(
-        f"These norm layers of the frozen part do not stay as they are, or normalise with the batch: {moving}. What the frozen part gives is "
-        "the same in every epoch only with the mode 'frozen' and running statistics: call `learn.freeze_to_bn(n, bn='frozen')` first, and "
-        "let no schedule change that.")
+        f"These norm layers of the frozen part do not stay as they are, or normalise with the batch: {moving}. What the frozen part gives "
+        "is the same in every epoch only with the mode 'frozen' and running statistics: call `learn.freeze_to_bn(n, bn='frozen')` first, "
+        "and let no schedule change that.")
     trained = {p for group,frozen in zip(groups, is_frozen) if not frozen for p in group}
     trained |= {l for n,l in layers.items() if n not in frozen_layers}
     return {*model.parameters(), *layers.values()} - trained, trained
@@ -69,13 +69,13 @@ def refuse_setting(learn:Learner) -> None:
         raise ValueError(f"A distributed fit ({what}) does not work with this: train the head in one process, and go on from there.")
     refuse_compiled(learn.model, "which would run the whole of it: compile it after this.")
 
-# %% ../nbs/03b_part.ipynb #f50c3446
+# %% ../nbs/03b_part.ipynb #4910bcd3
 def _one_inputs(learn:Learner, batches:list) -> list[Tensor]:
     "The one input of the model in each of `batches`; `ValueError` if it takes several, or something other than a tensor"
     found = [model_inputs(b, getattr(learn.dls, 'n_inp', None)) for b in batches]
-    wrong = next((xs for xs in found if len(xs) != 1 or not isinstance(xs[0], Tensor)), None)
-    if wrong is None: return [x for x, in found]
-    what = f'{len(wrong)} inputs' if len(wrong) > 1 else f'a {type(wrong[0]).__name__}'
+    bad = next((xs for xs in found if len(xs) != 1 or not isinstance(xs[0], Tensor)), None)
+    if bad is None: return [x for x, in found]
+    what = f'{len(bad)} inputs' if len(bad) > 1 else f'a {type(bad[0]).__name__}'
     raise ValueError(f"The model takes {what}; only a model of one tensor can be cut: join them into one, or train without this.")
 
 def _autocast(learn:Learner, device:torch.device): # A context manager
@@ -97,7 +97,7 @@ def as_in_fit(
     "`batch` as a fit gives it to the model"
     return _plain(to_device(batch, device))
 
-# %% ../nbs/03b_part.ipynb #4c92defb
+# %% ../nbs/03b_part.ipynb #6c1caab9
 N_TRIED = 8 # enough for layers that are random by sample or by pixel, and little beside a data set
 
 class FrozenPart:
@@ -131,7 +131,7 @@ class FrozenPart:
     def features(self,
         batch, # From a loader of the Learner
     ) -> Tensor:
-        "What reaches the cut, computed as in a fit; under fastai's mixed precision in half precision too"
+        "What reaches the cut, in the mode that the model is in; under fastai's mixed precision in half precision too"
         x, = _one_inputs(self.learn, [batch])
         with _autocast(self.learn, self.device): return self.cut.features(as_in_fit(x, self.device))
 

@@ -28,7 +28,7 @@ from .loaders import batch_size, check_loader, in_order, n_samples
 from .restore import kept_rng
 from .source import Contents, batch_makers, dataset_name, has_own_batches, name_of, pipelines, source, split_of
 
-# %% ../nbs/03d_samples.ipynb #a7e1b02f
+# %% ../nbs/03d_samples.ipynb #6132d7d9
 def same_samples(
     a, # Tensors and other values, in tuples, lists and dicts
     b,
@@ -43,9 +43,8 @@ def same_samples(
 def _rows(batch, rows:slice|Tensor=slice(None)): # On the CPU
     return apply(lambda t: t.detach().cpu()[rows if t.ndim else ...] if isinstance(t, Tensor) else t, batch)
 
-def _n_rows(batch) -> int: # By the first of its tensors
-    if isinstance(batch, Mapping): batch = tuple(batch.values())
-    if isinstance(batch, (tuple, list)) and len(batch): return _n_rows(batch[0])
+def _n_rows(batch) -> int: # By what is first in it
+    while isinstance(batch, (tuple, list, Mapping)) and batch: batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
     return len(batch) if isinstance(batch, Tensor) and batch.ndim else 1
 
 def _refuse_mixing(names:list[str], loader:str):
@@ -72,8 +71,8 @@ class _Unmixed:
         batch = self.f(shallow(items))
         if len(items) == 1: return batch
         alone = [self.f(shallow([o])) for o in items]
-        same = all(same_samples(one, _rows(batch, slice(i, i+1))) for i,one in enumerate(alone))
-        same = same and same_samples(_rows(batch, torch.arange(len(items)).flip(0)), self.f(shallow(items[::-1])))
+        same = all(same_samples(_rows(one), _rows(batch, slice(i, i+1))) for i,one in enumerate(alone))
+        same = same and same_samples(_rows(batch, torch.arange(len(items)).flip(0)), _rows(self.f(shallow(items[::-1]))))
         if not same: _refuse_mixing(self.names, self.loader)
         return batch
 

@@ -110,7 +110,8 @@ def _marks(held:list) -> list:
     versions = [(t.shape, 0 if t.is_inference() else t._version) for t in tensors_in(held)]
     tensors = [t for t in held if isinstance(t, Tensor) and t.device.type == 'cpu' and t.nbytes <= _HASHED]
     arrays = [o for o in held if isinstance(o, np.ndarray) and o.dtype != object]
-    return [items, versions, fingerprints(tensors), [(a.shape, xxh3_128_digest(a.tobytes()) if a.nbytes <= _HASHED else None) for a in arrays]]
+    hashes = [(a.shape, xxh3_128_digest(a.tobytes()) if a.nbytes <= _HASHED else None) for a in arrays]
+    return [items, versions, fingerprints(tensors), hashes]
 
 # %% ../nbs/03a_source.ipynb #50e39c61
 class Contents:
