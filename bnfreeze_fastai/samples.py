@@ -84,7 +84,7 @@ class _SameTwice:
         if not same_samples(res, self.pipeline(item)): refuse_random([name_of(t) for t in self.pipeline.fs if crops(t)], self.loader)
         return res
 
-# %% ../nbs/03d_samples.ipynb #86d97e17
+# %% ../nbs/03d_samples.ipynb #276088c0
 _N_SPOTS,_SPOT_BYTES,_N_FRESH = 64,2**28,4
 
 def spread(
@@ -106,7 +106,8 @@ class Samples:
     ):
         check_loader(dl, name)
         store_attr()
-        self.n,self.bs,self.fs,self.makers = n_samples(dl),batch_size(dl),pipelines(dl),batch_makers(dl)
+        self.n,self.bs,self.split,self.fs = n_samples(dl),batch_size(dl),split_of(dl),pipelines(dl)
+        self.own_batches,self.dataset,self.makers = has_own_batches(dl),dataset_name(dl),batch_makers(dl)
         self.rand = {k for k,ts in self.fs.items() if any(isinstance(t, RandTransform) for t in ts)} # where fastai's own draw
         self.kept,self.targets,self.seen,self.turn = {},{},0,0 # samples by index; by target, one sample of each
         if self.n and not draws: refuse_random(random_transforms(dl), name)
@@ -139,22 +140,22 @@ class Samples:
         shapes = lambda o: [t.shape for t in tensors_in(o)]
         return shapes(a) == shapes(b) if self.draws else same_samples(a, b)
 
-# %% ../nbs/03d_samples.ipynb #89108a71
+# %% ../nbs/03d_samples.ipynb #0c48ceb6
 @patch
 def _watched(self:Samples):
     "A loader of all samples in order, that raises if one is not made on its own"
-    own,dataset,items = has_own_batches(self.dl),dataset_name(self.dl),self.fs['after_item']
+    own,items = self.own_batches,self.fs['after_item']
     unmixed = lambda f: _Unmixed(f, self.makers, self.name) if own else f
     undrawn = lambda f,names,may=False: f if self.draws or may else Undrawn(f, names, self.name)
     if not isinstance(self.dl, DataLoader):
-        watched = self.dl.dataset if self.draws else UndrawnDataset(self.dl.dataset, [dataset], self.name)
+        watched = self.dl.dataset if self.draws else UndrawnDataset(self.dl.dataset, [self.dataset], self.name)
         return in_order(self.dl, dataset=watched, collate_fn=undrawn(unmixed(self.dl.collate_fn), self.makers, not own))
-    new,rand,split = in_order(self.dl),self.rand & {'after_item', 'before_batch'},split_of(self.dl)
-    if not self.draws and not split and any(map(crops, items)):
-        new.after_item.split_idx = split # fastai sets it at the start of an epoch, if it finds a pipeline
+    new,rand = in_order(self.dl),self.rand & {'after_item', 'before_batch'}
+    if not self.draws and not self.split and any(map(crops, items)):
+        new.after_item.split_idx = self.split # fastai sets it at the start of an epoch, if it finds a pipeline
         new.after_item = _SameTwice(new.after_item, self.name)
-    new.create_item = undrawn(new.create_item, [dataset], 'dataset' in self.rand)
-    new.do_item = undrawn(new.do_item, [name_of(t) for t in items] or [dataset], rand)
+    new.create_item = undrawn(new.create_item, [self.dataset], 'dataset' in self.rand)
+    new.do_item = undrawn(new.do_item, [name_of(t) for t in items] or [self.dataset], rand)
     if own: new.do_batch = undrawn(unmixed(new.do_batch), self.makers, rand)
     return new
 
@@ -173,8 +174,7 @@ def batches(self:Samples) -> Iterator[tuple]: # Of pass, index of the first samp
 @patch
 def _see(self:Samples, start:int, batch) -> int: # How many samples it has
     "Raise if a sample of `batch` is not as it was alone; note a sample of each target that occurs"
-    batch = _rows(batch)
-    n,targets = _n_rows(batch),tensors_in(batch[1:]) if isinstance(batch, (tuple, list)) else None
+    n,targets = _n_rows(batch := _rows(batch)),tensors_in(batch[1:]) if isinstance(batch, (tuple, list)) else None
     self.seen += n
     for i in range(n):
         row,one = _rows(batch, slice(i, i+1)),start+i
