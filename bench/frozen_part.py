@@ -9,9 +9,9 @@ from fastprogress.fastprogress import progress_bar
 from torchvision import models
 
 from bench.measure import BATCH, SIZE, ratio_to
-from bnfreeze_fastai.fold import folded
-from bnfreeze_fastai.cut import relative_error
-from bnfreeze_fastai.recalibrate import recalibrate_bn
+from bnfreeze_fastai.head.fold import folded
+from bnfreeze_fastai.head.resume import relative_error
+from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 
 ROUNDS, REPEATS = 7, 4
 

@@ -10,7 +10,7 @@ from torchvision import models
 
 from bench.measure import added_memory, compare_memory, ratio_to
 from bnfreeze_fastai.core import hold_bn_mode
-from bnfreeze_fastai.fuse import fused_bn, kept_bytes
+from bnfreeze_fastai.fusion.fuse import fused_bn, kept_bytes
 
 SIZE, BATCH, ROUNDS = 224, 64, 3
 

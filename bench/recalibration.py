@@ -9,7 +9,7 @@ from torch.optim.swa_utils import update_bn
 from torchvision import models
 
 from bench.measure import BATCH, N_BATCHES, SIZE, added_memory, compare_memory, ratio_to
-from bnfreeze_fastai.recalibrate import recalibrate_bn
+from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 
 ROUNDS = 7
 

@@ -4,16 +4,16 @@ A callback re-applies the mode that you chose; `learn.freeze_to_bn` sets it; `le
 
 Modules:
 
-- `bnfreeze_fastai.compare`: Full runs of several batch norm policies, from the same weights and over the same batches
+- `bnfreeze_fastai.choose.compare`: Full runs of several batch norm policies, from the same weights and over the same batches
+- `bnfreeze_fastai.choose.find`: Which batch norm policy suits this data? The rule, corrected by short trials, with the gain to expect
 - `bnfreeze_fastai.core`: Set, hold and read the mode of norm layers, in plain PyTorch
-- `bnfreeze_fastai.distances`: How far running statistics, weight and bias have moved since a snapshot
-- `bnfreeze_fastai.find`: Which batch norm policy suits this data? The rule, corrected by short trials, with the gain to expect
 - `bnfreeze_fastai.freeze.callback`: The callback that keeps the batch norm modes of a policy in every fit
-- `bnfreeze_fastai.fuse`: Train through fixed statistics at the cost of a convolution
+- `bnfreeze_fastai.fusion.fuse`: Train through fixed statistics at the cost of a convolution
+- `bnfreeze_fastai.head.precompute`: Train the head at the speed of the head: run the frozen part once
 - `bnfreeze_fastai.learner`: Freezing with a policy, and running statistics, as methods of every Learner
-- `bnfreeze_fastai.precompute`: Train the head at the speed of the head: run the frozen part once
-- `bnfreeze_fastai.recalibrate`: Running statistics set to those of given data, exactly
-- `bnfreeze_fastai.shift`: How foreign data is to a network, layer by layer, before anything is trained"""
+- `bnfreeze_fastai.stats.distances`: How far running statistics, weight and bias have moved since a snapshot
+- `bnfreeze_fastai.stats.recalibrate`: Running statistics set to those of given data, exactly
+- `bnfreeze_fastai.stats.shift`: How foreign data is to a network, layer by layer, before anything is trained"""
 
 __version__ = "0.1.0"
 

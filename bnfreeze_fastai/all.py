@@ -1,25 +1,18 @@
-"Everything for a notebook: `from bnfreeze_fastai.all import *`"
-from .compare import *
-from .core import *
-from .differences import *
-from .find import *
-from .freeze.attachment import *
-from .freeze.callback import *
-from .freeze.copies import *
-from .freeze.drift import *
-from .freeze.fuse import *
-from .freeze.groups import *
-from .freeze.in_force import *
-from .freeze.policy import *
-from .freeze.stages import *
-from .freeze.summary import *
-from .fuse import *
-from .layers import *
-from .learner import *
-from .plots import *
-from .distances import *
-from .measure import layers_with_stats
-from .recalibrate import *
-from .shift import *
-from .sync import *
-from .utils.tensors import *
+"The names for a notebook, and the methods of every Learner: `from bnfreeze_fastai.all import *`. Everything else is imported from its room"
+from . import learner as _learner # its methods
+from .choose.compare import Comparison, bn_compare
+from .choose.differences import paired_differences
+from .choose.find import Found # and the method `bn_find`
+from .core import bn_mode, hold_bn_mode, set_bn_mode
+from .freeze.callback import BatchNormFreeze, active_callback
+from .freeze.drift import BatchNormDrift
+from .freeze.fuse import BatchNormFuse
+from .freeze.in_force import modes_in_force
+from .freeze.policy import Policy
+from .fusion.fuse import fused_bn
+from .layers import MODES, bn_layers, norm_layers
+from .plots import plot_bn_drift, plot_differences, plot_gains, plot_score_curves, plot_scores
+from .stats.distances import bn_drift, snapshot
+from .stats.recalibrate import convert_bn, recalibrate_bn
+from .stats.shift import bn_shift
+from .sync import revert_sync_bn

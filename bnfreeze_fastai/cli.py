@@ -46,7 +46,7 @@ def demo(
     _check_range('epochs', epochs, 1)
     _check_range('images', images, 16, 800)
     path = _check_plot_path(out)
-    from bnfreeze_fastai.compare import bn_compare # fastai takes seconds to import: --help need not wait for it
+    from bnfreeze_fastai.choose.compare import bn_compare# fastai takes seconds to import: --help need not wait for it
     from bnfreeze_fastai.digits import digit_learner, pretrain
     pretrained,source_accuracy = pretrain()
     get_learner = partial(digit_learner, pretrained, n_images=images)
@@ -74,7 +74,7 @@ def _task(data:str, arch:str, weights:str, size:int, bs:int, valid_pct:float, sk
     return partial(image_learner, images, arch, weights, size, bs, num_workers),settings
 
 def _out_folder(out:str) -> Path:
-    from bnfreeze_fastai.results import check_folder
+    from bnfreeze_fastai.choose.results import check_folder
     if not out: raise ValueError("--out is empty: give a folder")
     check_folder(Path(out))
     return Path(out)
@@ -110,8 +110,8 @@ def compare(
     out:str='bnfreeze-compare', # Folder for results.csv, results.json (settings), report.md and plot.png
 ) -> None:
     "Train every batch norm policy in full on a folder of images, and say which differ"
-    from bnfreeze_fastai.compare import bn_compare, check_training
-    from bnfreeze_fastai.policies import check_policies
+    from bnfreeze_fastai.choose.compare import bn_compare, check_training
+    from bnfreeze_fastai.choose.policies import check_policies
     if not isinstance(modes, str): raise ValueError(f"--modes {modes!r}: give policies in one text, with commas between")
     policies = list(check_policies([m.strip() for m in modes.split(',')]))
     check_training(epochs, fit, freeze_to, lr)
@@ -144,9 +144,9 @@ def find(
 ) -> None:
     "Suggest a batch norm policy for a folder of images by a rule and short trials, and say what it should gain"
     import bnfreeze_fastai.find # patches `bn_find` in
-    from bnfreeze_fastai.results import write_json
-    from bnfreeze_fastai.runs import new_learner
-    from bnfreeze_fastai.compare import check_training
+    from bnfreeze_fastai.choose.results import write_json
+    from bnfreeze_fastai.choose.runs import new_learner
+    from bnfreeze_fastai.choose.compare import check_training
     check_training(epochs, fit, freeze_to, lr)
     path = _out_folder(out)
     get_learner,settings = _task(data, arch, weights, size, bs, valid_pct, skip_unreadable, None)

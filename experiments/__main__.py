@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd, torch
 from fastprogress.fastprogress import progress_bar
 
-from bnfreeze_fastai.compare import bn_compare
+from bnfreeze_fastai.choose.compare import bn_compare
 
 from .grid import EPOCHS, FITS, KEYS, POLICIES, get_learner, learning_rate
 

@@ -11,7 +11,7 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from bnfreeze_fastai.rules import BESIDE, REFERENCE, TRIED, advantages, choose, features
+from bnfreeze_fastai.choose.rules import BESIDE, REFERENCE, TRIED, advantages, choose, features
 
 from .grid import KEYS
 

@@ -11,7 +11,7 @@ from bnfreeze_fastai.freeze.callback import BatchNormFreeze
 from bnfreeze_fastai.digits import ValidateLast
 from bnfreeze_fastai.freeze.policy import Policy
 from bnfreeze_fastai.utils.restore import reseed
-from bnfreeze_fastai.policies import put_policy
+from bnfreeze_fastai.choose.policies import put_policy
 
 from .images import read_images, split
 from .networks import make_network

@@ -14,7 +14,7 @@ os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(Path(tempfile.gettempdir())
 import pandas as pd, torch
 from fastprogress.fastprogress import progress_bar
 
-from bnfreeze_fastai.results import write_whole
+from bnfreeze_fastai.choose.results import write_whole
 
 from .faults import FAULTS, inject
 from .kills import KINDS, chain

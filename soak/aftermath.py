@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfreeze_fastai.all import BatchNormFreeze, BatchNormFuse
 from bnfreeze_fastai.utils.restore import _generators, reseed
-from bnfreeze_fastai.runs import weights_hash
+from bnfreeze_fastai.choose.runs import weights_hash
 
 from .learners import bitwise, draw, in_groups, new_learner, parts, under_policy, wrong_moves
 

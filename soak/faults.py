@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pandas as pd, torch
 from fastai.callback.tracker import SaveModelCallback, TerminateOnNaNCallback
 
-from bnfreeze_fastai.compare import bn_compare
+from bnfreeze_fastai.choose.compare import bn_compare
 
 from .aftermath import ALL, LOOKS, TRAINS, aftermath, draw_op, expecting, places, prepared, trip, world
 from .kills import by_run

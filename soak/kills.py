@@ -12,10 +12,10 @@ import pandas as pd
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 
-from bnfreeze_fastai import compare
+from bnfreeze_fastai.choose import compare
 from bnfreeze_fastai.utils.restore import reseed
-from bnfreeze_fastai.results import Results
-from bnfreeze_fastai.runs import weights_hash
+from bnfreeze_fastai.choose.results import Results
+from bnfreeze_fastai.choose.runs import weights_hash
 
 from .learners import bitwise, draw, new_learner, parts, under_policy, wrong_moves
 from .processes import Victim, clear_shm, in_shm, left_behind

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
-from bnfreeze_fastai.results import write_whole
+from bnfreeze_fastai.choose.results import write_whole
 
 from .networks import Network, all_networks
 from .rows import CHECKS, find_row

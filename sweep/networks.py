@@ -10,7 +10,7 @@ from fastai.vision.learner import create_timm_model, create_vision_model
 from torch import nn
 from torchvision import models
 
-from bnfreeze_fastai.results import write_json
+from bnfreeze_fastai.choose.results import write_json
 
 SMALLEST = Path(__file__).with_name('smallest.json')  # by family of timm; one that is deleted there is counted anew
 SIZES = (64, 70, 75, 96, 128, 160, 192, 224, 240, 256, 299, 384, 512)  # pixels; 70 is for patches of 14, 75 for Inception

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
-from bnfreeze_fastai.rules import ADVICE, BESIDE, PHASES, REFERENCE, TRIED, advantages, choose, expected_gains, rule
+from bnfreeze_fastai.choose.rules import ADVICE, BESIDE, PHASES, REFERENCE, TRIED, advantages, choose, expected_gains, rule
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

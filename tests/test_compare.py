@@ -11,9 +11,9 @@ from fastai.data.core import DataLoaders
 from torch.utils.data import DataLoader
 
 from bnfreeze_fastai.all import *
-from bnfreeze_fastai.compare import bn_compare
-from bnfreeze_fastai.results import COLUMNS, Results
-from bnfreeze_fastai.runs import FITS, run_policy
+from bnfreeze_fastai.choose.compare import bn_compare
+from bnfreeze_fastai.choose.results import COLUMNS, Results
+from bnfreeze_fastai.choose.runs import FITS, run_policy
 
 get_learner = partial(make_learner, wd=0.01, lr=0.01)  # seeds its own weights: the same for all seeds
 

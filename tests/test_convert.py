@@ -8,9 +8,9 @@ from fastai.torch_core import trainable_params
 from test_throughout import pretrained
 from torch import nn
 
-from bnfreeze_fastai.compare import bn_compare
-from bnfreeze_fastai.policies import check_policies, put_policy
-from bnfreeze_fastai.runs import run_policy
+from bnfreeze_fastai.choose.compare import bn_compare
+from bnfreeze_fastai.choose.policies import check_policies, put_policy
+from bnfreeze_fastai.choose.runs import run_policy
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained')
 

@@ -8,8 +8,9 @@ from test_precompute import efficientnet
 from torch import nn
 from torchvision import models
 
-from bnfreeze_fastai.cut import *
+from bnfreeze_fastai.head.cut import Cut, find_cut, is_random
 from bnfreeze_fastai.utils.restore import evaluating
+from bnfreeze_fastai.head.resume import Features, check_cut, resumable
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated torchvision arguments
 

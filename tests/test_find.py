@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import bnfreeze_fastai.find
 from bnfreeze_fastai.all import *
-from bnfreeze_fastai.rules import ADVICE, REFERENCE, TRIED, expected_gains
+from bnfreeze_fastai.choose.rules import ADVICE, REFERENCE, TRIED, expected_gains
 
 FAR = dict(source=lambda x: 20 * x + 50)  # the stored statistics are those of other data, and batches are large
 SMALL_BATCHES = dict(bs=2, n=96, bright=1)  # the stored statistics are right; those of a batch take away what tells the classes apart

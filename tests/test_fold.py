@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils import spectral_norm, weight_norm
 from torchvision.ops import FrozenBatchNorm2d
 
-from bnfreeze_fastai.fold import folded
+from bnfreeze_fastai.head.fold import folded
 from bnfreeze_fastai.utils.restore import evaluating
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated torchvision arguments

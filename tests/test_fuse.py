@@ -13,8 +13,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 from torchvision import models
 
-from bnfreeze_fastai.deferred import Deferred
-from bnfreeze_fastai.fuse import fused_bn, kept_bytes
+from bnfreeze_fastai.fusion.lazy import Deferred
+from bnfreeze_fastai.fusion.fuse import fused_bn, kept_bytes
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated arguments of torchvision, statistics that were never trained
 

@@ -7,7 +7,7 @@ from conftest import *
 from test_fuse import Forked, furthest, prepare, run
 from test_holds import COPIES, parametrized
 
-from bnfreeze_fastai.fuse import fused_bn
+from bnfreeze_fastai.fusion.fuse import fused_bn
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # statistics that were never trained
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ from conftest import *
 from torch.autograd.functional import hessian as old_hessian, jacobian as old_jacobian, jvp as old_jvp, vhp
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
-from bnfreeze_fastai.fuse import fused_bn
+from bnfreeze_fastai.fusion.fuse import fused_bn
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of PyTorch's own batching
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)

@@ -5,7 +5,7 @@ from conftest import *
 from torch.autograd import forward_ad, functional
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap
 
-from bnfreeze_fastai.fuse import fused_bn
+from bnfreeze_fastai.fusion.fuse import fused_bn
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated parts of tracing
 

@@ -7,7 +7,7 @@ import pandas as pd, pytest, torch
 from conftest import *
 
 from bnfreeze_fastai.vision import make_model, read_weights
-from bnfreeze_fastai.results import Results, write_whole
+from bnfreeze_fastai.choose.results import Results, write_whole
 
 RAN = Path('ran')
 

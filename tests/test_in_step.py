@@ -13,10 +13,10 @@ from torchvision.models import densenet121, mobilenet_v2, resnet18
 
 from bnfreeze_fastai.core import bn_mode, set_bn_mode
 from bnfreeze_fastai.layers import bn_layers, named_modules
-from bnfreeze_fastai.in_step import observe_in_step
-from bnfreeze_fastai.observe import observe
-from bnfreeze_fastai.one_by_one import OneByOne
-from bnfreeze_fastai.recalibrate import recalibrate_bn
+from bnfreeze_fastai.stats.in_step import observe_in_step
+from bnfreeze_fastai.stats.observe import observe
+from bnfreeze_fastai.stats.one_by_one import OneByOne
+from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 
 
 @pytest.fixture(autouse=True)

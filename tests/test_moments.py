@@ -5,7 +5,7 @@ from functools import reduce
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from bnfreeze_fastai.moments import _rows_by_kernel, _rows_by_shift, batch_moments, instance_moments, pool
+from bnfreeze_fastai.stats.moments import _rows_by_kernel, _rows_by_shift, batch_moments, instance_moments, pool
 
 
 def values(batches):

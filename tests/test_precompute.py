@@ -31,7 +31,7 @@ from torchvision import models
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from bnfreeze_fastai.layers import bn_layers
-from bnfreeze_fastai.precompute import FeatureBatches, ServeFeatures
+from bnfreeze_fastai.head.serve import FeatureBatches, ServeFeatures
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated torchvision arguments, autocast without a GPU
 

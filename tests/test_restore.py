@@ -8,7 +8,7 @@ from torch import nn
 from bnfreeze_fastai.utils.tensors import fingerprint
 from bnfreeze_fastai.utils.restore import evaluating
 from bnfreeze_fastai.utils.tensors import plain_parts
-from bnfreeze_fastai.trials import trial_copy
+from bnfreeze_fastai.choose.trials import trial_copy
 
 
 def quantized(by_channel=False):

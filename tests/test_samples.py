@@ -15,7 +15,8 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torch.utils.data import DataLoader as TorchDataLoader
 from torchvision.transforms import Compose, Lambda, RandomApply, RandomErasing, TrivialAugmentWide, v2
 
-from bnfreeze_fastai.samples import random_transforms, spread
+from bnfreeze_fastai.head.drawing import random_transforms
+from bnfreeze_fastai.head.samples import spread
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

@@ -16,10 +16,10 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from bnfreeze_fastai.core import bn_mode, set_bn_mode
 from bnfreeze_fastai.layers import bn_layers, norm_layers
-from bnfreeze_fastai.observe import Observer, observe
-from bnfreeze_fastai.distances import bn_drift, snapshot
-from bnfreeze_fastai.recalibrate import recalibrate_bn
-from bnfreeze_fastai.shift import bn_shift
+from bnfreeze_fastai.stats.observe import Observer, observe
+from bnfreeze_fastai.stats.distances import bn_drift, snapshot
+from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
+from bnfreeze_fastai.stats.shift import bn_shift
 
 
 class ChannelsEnd(nn.BatchNorm1d):

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
-from bnfreeze_fastai.distances import bn_drift, snapshot
-from bnfreeze_fastai.recalibrate import recalibrate_bn
-from bnfreeze_fastai.shift import bn_shift
+from bnfreeze_fastai.stats.distances import bn_drift, snapshot
+from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
+from bnfreeze_fastai.stats.shift import bn_shift
 
 X = [torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(i)) * 2 + 1 for i in range(3)]
 

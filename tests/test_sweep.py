@@ -7,7 +7,7 @@ from conftest import body_and_head
 from fastai.callback.core import Callback
 from torchvision import models
 
-import bnfreeze_fastai.deferred, bnfreeze_fastai.learner, bnfreeze_fastai.store
+import bnfreeze_fastai.lazy, bnfreeze_fastai.learner, bnfreeze_fastai.store
 from sweep import checks, rows
 from sweep.networks import Network, classifier, two_groups
 
@@ -94,7 +94,7 @@ def test_wrong_features_are_seen(monkeypatch):
     'change', [lambda st: (st[0], st[1] + 1e-6), lambda st: (st[0] * (1 + 1e-6), st[1]), lambda st: (st[0].detach(), st[1])]
 )
 def test_wrong_fusion_is_seen(monkeypatch, change):
-    altered(monkeypatch, bnfreeze_fastai.deferred, 'scale_and_shift', change)
+    altered(monkeypatch, bnfreeze_fastai.lazy, 'scale_and_shift', change)
     assert checks.check_fusion(small(), SIZE).startswith('wrong: off by ')
 
 

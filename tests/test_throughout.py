@@ -10,8 +10,8 @@ from fastai.torch_core import trainable_params
 from torch import nn
 
 from bnfreeze_fastai.freeze.groups import Groups, pretrained_norms
-from bnfreeze_fastai.policies import check_policies, put_policy
-from bnfreeze_fastai.runs import run_policy
+from bnfreeze_fastai.choose.policies import check_policies, put_policy
+from bnfreeze_fastai.choose.runs import run_policy
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained')
 NAMES = ['0.1', '0.4']

@@ -7,15 +7,15 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from bnfreeze_fastai.cli import compare, demo
-from bnfreeze_fastai.compare import bn_compare
-from bnfreeze_fastai.fold import fold_frozen
-from bnfreeze_fastai.fuse import fused_bn, kept_bytes
+from bnfreeze_fastai.choose.compare import bn_compare
+from bnfreeze_fastai.head.fold import fold_frozen
+from bnfreeze_fastai.fusion.fuse import fused_bn, kept_bytes
 from bnfreeze_fastai.plots import plot_differences, plot_score_curves, plot_scores, plot_gains
 from bnfreeze_fastai.freeze.policy import Policy
-from bnfreeze_fastai.precompute import precomputed
-from bnfreeze_fastai.distances import bn_drift, moved, snapshot
-from bnfreeze_fastai.recalibrate import recalibrate_bn
-from bnfreeze_fastai.shift import bn_shift
+from bnfreeze_fastai.head.precompute import precomputed
+from bnfreeze_fastai.stats.distances import bn_drift, moved, snapshot
+from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
+from bnfreeze_fastai.stats.shift import bn_shift
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained')
 X = [torch.randn(8, 3, 8, 8) for _ in range(2)]

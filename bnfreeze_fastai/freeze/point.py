@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Frozen', 'FreezePoint', 'told_of_hands']
+__all__ = ['Frozen', 'FreezePoint', 'told_of_hands', 'check_freeze_point']
 
 # %% ../../nbs/freeze/03_point.ipynb #eb65e423
 from collections.abc import Sequence
 from copy import copy
+from operator import index
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -116,3 +117,23 @@ def told_of_hands(
         f"The norm layers {by_hand} were frozen by hand with the layers before them, so they have the mode of the frozen part (`bn`). To "
         "give them another one, call `learn.freeze_to_bn` with globs for `bn`.": by_hand}
     return [text for text,names in told.items() if names]
+
+# %% ../../nbs/freeze/03_point.ipynb #7800e28c
+def check_freeze_point(
+    learn:Any, # A Learner; its optimizer is made if need be
+    n:int, # Anything; negative numbers count from the end
+) -> int: # `n`
+    "Raise `ValueError` unless `n` is a freeze point of `learn` that freezes what it says"
+    try: n = index(None if isinstance(n, bool) else n)
+    except TypeError: raise ValueError(f"The freeze point has to be an integer, not {n!r} of type {type(n).__name__}; modes are given by "
+                                       "name: `learn.freeze_to_bn(-1, bn='frozen')`.") from None
+    had_opt = learn.opt is not None
+    if not had_opt: learn.create_opt()
+    n_groups = len(learn.opt.param_lists)
+    if n_groups == 1 and n < 0: problem = f"freezing to {n} would freeze nothing"
+    elif not -n_groups <= n < n_groups: problem = f"{n} is out of range: choose from {-n_groups} to {n_groups-1}"
+    else: return n
+    if not had_opt: learn.opt = None
+    if n_groups == 1: problem += (". Give it a splitter, a function from the model to lists of parameters, such as "
+                                  "`Learner(…, splitter=lambda m: [params(m[0]), params(m[1])])`")
+    raise ValueError(f"This Learner has {n_groups} parameter group{'s' * (n_groups > 1)}; {problem}.")

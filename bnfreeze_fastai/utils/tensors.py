@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['plain_parts', 'fingerprint']
+__all__ = ['plain_parts', 'fingerprint', 'fingerprints']
 
 # %% ../../nbs/utils/00_tensors.ipynb #4c3a0b37
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from xxhash import xxh3_128
@@ -38,4 +40,15 @@ def fingerprint(
     "A hash (XXH3) that differs when any bit of `tensor` does, but for odds of about 1 in 2^128"
     digest = xxh3_128()
     for part in plain_parts(tensor): digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()
+
+def fingerprints(
+    tensors:Iterable[Tensor], # Each as for `fingerprint`
+) -> list[bytes]: # One for each
+    "The fingerprints of all of them"
+    return [_digest(parts) for parts in [plain_parts(t) for t in tensors]]
+
+def _digest(parts:list[Tensor]) -> bytes:
+    digest = xxh3_128()
+    for part in parts: digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.digest()
