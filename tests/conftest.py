@@ -4,11 +4,11 @@ import re, subprocess, sys
 from pathlib import Path
 
 import pytest, torch, warm
-from fastai.callback.core import Callback
-from learners import *
+from fastai.learner import Learner
+from learners import bits, same
 
 import bnfreeze_fastai.all
-from bnfreeze_fastai.all import *
+from bnfreeze_fastai.layers import MODES, norm_layers, stats_buffers
 
 torch.set_num_threads(1)
 

@@ -3,16 +3,14 @@
 import copy, pickle, subprocess, sys, warnings
 
 import pytest, torch
-from conftest import bits, body_and_head, same
+from learners import bits, body_and_head, same
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, GroupNormAct, LayerNorm2d, SplitBatchNorm2d
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
-from bnfreeze_fastai.core import *
-from bnfreeze_fastai.holds import *
-from bnfreeze_fastai.layers import *
-from bnfreeze_fastai.sync import *
+from bnfreeze_fastai.core import bn_mode, hold_bn_mode, set_affine, set_bn_mode
+from bnfreeze_fastai.layers import MODES, affine_params, bn_layers, norm_layers, stats_buffers
 
 
 class OwnBatchNorm(nn.BatchNorm2d):

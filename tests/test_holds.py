@@ -3,16 +3,15 @@
 import copy, io, pickle, subprocess, sys, threading, warnings
 
 import pytest, timm, torch, torch.nn.functional as F
-from conftest import bits, body_and_head, same
+from learners import bits, body_and_head, same
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from bnfreeze_fastai.core import *
-from bnfreeze_fastai.holds import *
-from bnfreeze_fastai.layers import *
-from bnfreeze_fastai.sync import *
+from bnfreeze_fastai.core import bn_mode, held_stats, hold_bn_mode, set_bn_mode
+from bnfreeze_fastai.layers import MODES, bn_layers, norm_layers, stats_buffers
+from bnfreeze_fastai.sync import revert_sync_bn
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained')
 FIXED, MOVING = (['affine-only', 'frozen'], ['train', 'stats-only'])

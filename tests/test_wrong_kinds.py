@@ -1,7 +1,9 @@
 "Arguments of the wrong kind: what was given, what is taken, and the remedy, before anything has changed"
 
 import matplotlib.pyplot as plt, pandas as pd, pytest, torch
-from conftest import *
+from bnfreeze_fastai.freeze.callback import BatchNormFreeze
+from bnfreeze_fastai.plots import plot_bn_drift
+from learners import bits, make_dls, make_learner, same
 from fastai.learner import Learner
 from torch import nn
 from torch.utils.data import TensorDataset

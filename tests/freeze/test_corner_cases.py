@@ -1,0 +1,441 @@
+"Corner cases that once went wrong: who owns a freeze point, a hold, a splitter or a flag when several hands change them"
+
+import pytest, torch
+import fastai.callback.schedule
+from bnfreeze_fastai.core import hold_bn_mode, set_bn_mode
+from bnfreeze_fastai.freeze.callback import BatchNormFreeze
+from bnfreeze_fastai.layers import bn_layers, norm_layers
+from conftest import Body, loads_without_this_package, may_move
+from learners import OPTIMIZERS, bits, body_and_head, make_learner, same, two_groups
+from fastai.callback.core import Callback
+from fastai.torch_core import params
+from fastai.learner import load_learner
+from fastai.torch_core import trainable_params
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
+
+pytestmark = pytest.mark.filterwarnings('ignore:.*never trained', 'ignore:load_learner', 'ignore:Lazy modules')
+
+
+def trained(**kwargs):
+    learn = make_learner(**kwargs)
+    learn.fit(1)
+    return learn
+
+
+def norm_only():
+    return nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+
+
+def modes(learn):
+    return learn.bn_summary().df['mode'].tolist()
+
+
+def interrupted(learn):
+    class Interrupts(Callback):
+        order = 1000
+
+        def after_step(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=Interrupts())
+    return learn
+
+
+def moves(learn):
+    "What a forward pass in training mode, outside any fit, moves in the body"
+    body = Body(learn.model[0])
+    learn.model.train()(torch.randn(8, 3, 8, 8))
+    return body.moved()
+
+
+def export(learn):
+    learn.export('e.pkl')
+
+
+# The freeze point
+
+REMAKES = dict(create=lambda l: l.create_opt(), reset=lambda l: l.fit(1, reset_opt=True), export=export)
+
+
+@pytest.mark.parametrize('remake', REMAKES.values(), ids=REMAKES)
+def test_norm_layers_in_a_group_of_their_own_stay_frozen_when_the_optimizer_is_made_anew(remake):
+    learn = trained(splitter=three_by_kind, cbs=BatchNormFreeze())
+    learn.freeze()
+    body = Body(learn.model[0])
+    remake(learn)
+    learn.fit(1)
+    assert body.moved() == set() and modes(learn) == ['frozen', 'frozen', 'train']
+
+
+def three_by_kind(m):
+    return [params(m[0][0]) + params(m[0][3]), params(m[0][1]) + params(m[0][4]), params(m[1])]
+
+
+def test_the_last_freeze_point_counts_even_if_no_fit_saw_it():
+    learn = trained(splitter=lambda m: [params(m[0][1]), params(m[0][4]), params(m[0][0]) + params(m[0][3]) + params(m[1])])
+    learn.freeze_to_bn(2, throughout=False)
+    learn.freeze_to(1)
+    learn.create_opt()
+    assert modes(learn) == ['frozen', 'train', 'train']
+
+
+def test_a_callback_given_to_fit_takes_the_freeze_point_over_and_gives_it_back():
+    learn = trained(model=norm_only()).freeze_to_bn(1)
+    learn.create_opt()
+    body = Body(nn.Sequential(learn.model[0]))
+    learn.fit(1, cbs=BatchNormFreeze())
+    assert body.moved() == set() and modes(learn) == ['frozen']
+    learn.fit(1, cbs=BatchNormFreeze(bn='train'))
+    assert body.moved() == {'stats', 'affine'} and modes(learn) == ['frozen']
+
+
+def test_a_callback_given_to_another_learner_starts_anew_there_and_stays_as_it_was_in_the_first():
+    cb = BatchNormFreeze()
+    first, second = trained(model=norm_only(), train_bn=False, cbs=cb), trained(model=norm_only())
+    first.freeze_to(1)
+    first.fit(1)
+    second.add_cb(cb)
+    assert modes(first) == ['frozen'] and modes(second) == ['train']
+    body = Body(nn.Sequential(second.model[0]))
+    second.fit(1)
+    assert body.moved() == {'stats', 'affine'}
+    second.remove_cb(cb)
+    first.remove_cb(BatchNormFreeze)
+    assert first.splitter is second.splitter is two_groups
+
+
+def test_a_splitter_may_be_a_generator():
+    learn = make_learner(splitter=lambda m: m.parameters(), cbs=BatchNormFreeze(bn_above='affine-only'))
+    learn.fit(1)
+    assert len(learn.opt.all_params()) == len(list(learn.model.parameters()))
+
+
+def test_removing_the_callback_not_in_force_changes_nothing():
+    learn = trained(cbs=[BatchNormFreeze('train'), BatchNormFreeze()])
+    learn.freeze()
+    learn.fit(1)
+    body = Body(learn.model[0])
+    learn.remove_cb(next(cb for cb in learn.cbs if isinstance(cb, BatchNormFreeze)))
+    learn.create_opt()
+    learn.fit(1)
+    assert body.moved() == set()
+
+
+# What was frozen by hand
+
+
+def test_parameters_frozen_by_hand_after_a_fit_are_not_stepped():
+    learn = trained(splitter=trainable_params, cbs=BatchNormFreeze())
+    learn.model[0][0].requires_grad_(False)
+    learn.create_opt()
+    before = bits(learn.model[0][0].parameters())
+    learn.fit(1)
+    assert same(before, learn.model[0][0].parameters())
+
+
+def test_a_bias_left_out_of_the_optimizer_does_not_free_its_weight():
+    model = body_and_head()
+    model[0][1].bias.requires_grad_(False)
+    learn = make_learner(model=model, splitter=trainable_params, cbs=BatchNormFreeze(bn_above='frozen'))
+    before = bits(model[0][1].parameters())
+    learn.fit(1)
+    assert same(before, model[0][1].parameters())
+
+
+@pytest.mark.parametrize('rule', [{'0.1': 'frozen', '0.4': 'train'}, {'0.1': 'train', '0.4': 'frozen'}])
+def test_a_tied_weight_is_fixed_if_either_layer_fixes_it(rule):
+    model = body_and_head()
+    model[0][4].weight = model[0][1].weight
+    learn = trained(model=model).freeze_to_bn(0, bn_above=rule)
+    before = bits([model[0][1].weight])
+    learn.fit(1)
+    assert same(before, [model[0][1].weight])
+
+
+@pytest.mark.parametrize('way', ['add and remove', 'given to fit', 'given to validate'])
+def test_removal_gives_back_what_was_frozen_by_hand(way):
+    learn = make_learner()
+    learn.model[0][1].requires_grad_(False)
+    learn.fit(1)
+    flags = [p.requires_grad for p in learn.model.parameters()]
+    if way == 'add and remove':
+        cb = BatchNormFreeze()
+        learn.add_cb(cb)
+        learn.remove_cb(cb)
+    elif way == 'given to fit':
+        learn.fit(1, cbs=BatchNormFreeze(bn_above='frozen'))
+    else:
+        learn.validate(cbs=BatchNormFreeze())
+    assert [p.requires_grad for p in learn.model.parameters()] == flags
+
+
+def test_what_a_callback_turns_off_without_a_freeze_point_stays_off():
+    seen = []
+
+    class LikeGan(Callback):
+        "Turns one network off while another trains, as `GANTrainer` does"
+
+        def before_epoch(self):
+            self.learn.model[0].requires_grad_(False)
+
+        def after_pred(self):
+            if self.training:
+                seen.append([p.requires_grad for p in self.learn.model[0].parameters()])
+
+    learn = make_learner(splitter=trainable_params, cbs=[BatchNormFreeze(), LikeGan()])
+    learn.fit(2)
+    assert not any(map(any, seen))
+
+
+def test_what_is_switched_off_and_on_within_an_epoch_trains_while_it_is_on():
+    class Alternates(Callback):
+        def before_batch(self):
+            self.learn.model[0].requires_grad_(self.train_iter % 2 == 1)
+
+    learn = make_learner(splitter=trainable_params, cbs=[BatchNormFreeze(bn_above={'0.1': 'frozen', '*': 'train'}), Alternates()])
+    first, second = bn_layers(learn.model[0])
+    before = bits(first.state_dict().values()), bits(second.parameters())
+    learn.fit(2)
+    assert same(before[0], first.state_dict().values()) and not same(before[1], second.parameters())
+
+
+# Leaving
+
+
+@pytest.mark.parametrize('train_bn', [True, False])
+@pytest.mark.parametrize('n,policy', [(0, dict(bn_above='stats-only')), (-1, dict(bn='frozen')), (-1, dict(bn='train'))])
+@pytest.mark.parametrize('splitter', [two_groups, trainable_params])
+def test_removal_from_a_loaded_learner(n, policy, train_bn, splitter):
+    if splitter is trainable_params and n:
+        return
+    learn = trained(train_bn=train_bn, splitter=splitter).freeze_to_bn(n, **policy)
+    learn.fit(1)
+    learn.export('e.pkl')
+    loaded = load_learner('e.pkl')
+    loaded.remove_cb(BatchNormFreeze)
+    learn.remove_cb(BatchNormFreeze)
+    assert [p.requires_grad for p in loaded.model.parameters()] == [p.requires_grad for p in learn.model.parameters()]
+    assert loaded.opt is None and loaded.splitter is splitter
+
+
+def test_two_callbacks_leave_in_any_order():
+    for order in (1, -1):
+        learn = make_learner(cbs=[BatchNormFreeze(), BatchNormFreeze('train')])
+        learn.fit(1)
+        for cb in [cb for cb in learn.cbs if isinstance(cb, BatchNormFreeze)][::order]:
+            learn.remove_cb(cb)
+        assert learn.splitter is two_groups
+        learn.export('e.pkl')
+        assert loads_without_this_package(learn.path / 'e.pkl')
+
+
+def test_lazy_layers_can_be_given_back():
+    learn = make_learner(model=body_and_head(lambda n: nn.LazyBatchNorm2d()), cbs=BatchNormFreeze(bn_above='frozen'))
+
+    class Interrupts(Callback):
+        def before_batch(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=Interrupts())
+    learn.create_opt()
+    learn.remove_cb(BatchNormFreeze)
+    assert all(p.requires_grad for p in learn.model.parameters())
+
+
+def test_an_export_after_an_interrupt_leaves_nothing_behind():
+    learn = interrupted(trained().freeze_to_bn(-1))
+    learn.export('e.pkl')
+    loaded = load_learner('e.pkl')
+    loaded.remove_cb(BatchNormFreeze)
+    assert not any(l._forward_pre_hooks or l._forward_hooks for l in bn_layers(loaded.model))
+    loaded.export('again.pkl')
+    assert loads_without_this_package(loaded.path / 'again.pkl') and not loads_without_this_package(learn.path / 'e.pkl')
+
+
+# Holds of several owners
+
+
+def test_an_interrupted_fit_does_not_touch_holds_of_others():
+    learn = interrupted(trained().freeze_to_bn(-1))
+    with hold_bn_mode(learn.model, 'frozen'):
+        learn.fit(1)
+        assert moves(learn) == set()
+    assert moves(learn) == {'stats'}
+
+    learn = interrupted(trained().freeze_to_bn(-1))
+    with hold_bn_mode(learn.model, 'frozen'):
+        learn.remove_cb(BatchNormFreeze)
+        assert moves(learn) == set()
+    assert moves(learn) == {'stats'}
+
+    learn = interrupted(trained().freeze_to_bn(0))
+    set_bn_mode(learn.model, 'frozen')
+    learn.remove_cb(BatchNormFreeze)
+    assert moves(learn) == set()
+
+    learn = trained().freeze_to_bn(-1)
+    with hold_bn_mode(learn.model, 'frozen'):
+        interrupted(learn)
+    learn.remove_cb(BatchNormFreeze)
+    assert moves(learn) == {'stats'}
+
+
+def test_a_mode_set_in_a_fit_holds_after_it():
+    class Sets(Callback):
+        def after_epoch(self):
+            set_bn_mode(self.learn.model, 'frozen')
+
+    learn = trained().freeze_to_bn(0)
+    learn.fit(1, cbs=Sets())
+    assert moves(learn) == set()
+
+
+def test_a_hold_keeps_gradients():
+    model = body_and_head()
+    model(torch.randn(4, 3, 8, 8)).sum().backward()
+    grads = [p.grad for p in model.parameters()]
+    with hold_bn_mode(model, 'frozen'):
+        assert model[0][1].weight.grad is None
+    assert all(a is b for a, b in zip(grads, [p.grad for p in model.parameters()]))
+
+
+def test_flags_in_a_fit_are_what_train_and_eval_said():
+    class Watched(nn.GroupNorm):
+        def forward(self, x):
+            flags.add(self.training)
+            return super().forward(x)
+
+    flags, seen = set(), []
+    learn = make_learner(model=body_and_head(lambda n: Watched(2, n))).freeze_to_bn(-1)
+
+    class Look(Callback):
+        run_valid = False
+
+        def after_pred(self):
+            seen.append(all(m.training for m in self.learn.model.modules()))
+
+    learn.fit(1, cbs=Look())
+    assert flags == {True, False} and all(seen)
+
+
+# Compiled models
+
+
+@pytest.mark.parametrize('first', ['train', 'stats-only'])
+@pytest.mark.parametrize('compiled', ['whole', 'in place', 'part'])
+def test_train_calls_on_a_compiled_model(first, compiled):
+    class Trains(Callback):
+        order = 1000
+        run_valid = False
+
+        def before_batch(self):
+            self.learn.model.train()
+
+    torch.compiler.reset()
+    learn = make_learner(cbs=Trains())
+    body = learn.model[0]
+    if compiled == 'whole':
+        learn.model = torch.compile(learn.model, backend='eager')
+        learn.splitter = lambda m: two_groups(m._orig_mod)
+    elif compiled == 'in place':
+        learn.model.compile(backend='eager')
+    else:
+        body.compile(backend='eager')
+    learn.fit(1)
+    for mode in (first, 'frozen', 'affine-only', first):
+        learn.freeze_to_bn(-1, bn=mode)
+        before = Body(body)
+        learn.fit(1)
+        assert before.moved() == may_move(mode), mode
+    learn.freeze_to_bn(-1, bn='frozen').fit(1)
+    learn.remove_cb(BatchNormFreeze)
+    before = Body(body)
+    learn.fit(1)
+    assert 'stats' in before.moved()
+
+
+# Verification
+
+
+def test_a_nested_validation_does_not_end_it():
+    class ValidatesThenWrites(Callback):
+        def after_batch(self):
+            if not self.training or self.train_iter != 1:
+                return
+            dl = self.dl
+            self.learn.validate()
+            self.learn.model.train()
+            self.learn.training, self.learn.dl, self.learn.n_iter = True, dl, len(dl)
+            self.learn.model[0][1].bias.data.add_(1)
+
+    with pytest.raises(RuntimeError, match='0.1.bias'):
+        trained().freeze_to_bn(-1).fit(1, cbs=ValidatesThenWrites())
+
+
+def test_a_buffer_put_in_place_of_another_is_a_change():
+    class Replaces(Callback):
+        def after_batch(self):
+            self.learn.model[0][1].running_mean = torch.zeros(4)
+
+    with pytest.raises(RuntimeError, match='0.1.running_mean'):
+        trained().freeze_to_bn(-1).fit(1, cbs=Replaces())
+
+
+def test_validation_leaves_no_trace():
+    learn = trained()
+    learn.add_cb(BatchNormFreeze())
+    learn.freeze()
+    look = lambda: (
+        [p.requires_grad for p in learn.model.parameters()],
+        [p.grad is None for p in learn.model.parameters()],
+        [len(l._forward_pre_hooks) for l in bn_layers(learn.model)],
+        bits(learn.model.state_dict().values()),
+    )
+    before = look()
+    learn.validate()
+    learn.get_preds()
+    assert before[:3] == look()[:3] and same(before[3], look()[3])
+
+
+@pytest.mark.parametrize('opt', OPTIMIZERS)
+def test_optimizer_state_is_as_freeze_to_leaves_it(opt):
+    plain, learn = trained(opt_func=OPTIMIZERS[opt]), trained(opt_func=OPTIMIZERS[opt])
+    plain.freeze()
+    learn.freeze_to_bn(-1)
+    state = lambda l: [dict(l.opt.state[p]) for p, *_ in l.opt.all_params()]
+    assert state(plain) == state(learn) and plain.opt.frozen_idx == learn.opt.frozen_idx
+
+
+def test_a_parametrized_weight_is_fixed_too():
+    class Doubled(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    model = body_and_head()
+    register_parametrization(model[0][1], 'weight', Doubled())
+    learn = trained(model=model).freeze_to_bn(-1)
+    before = bits(model[0][1].parameters())
+    learn.fit(1)
+    assert same(before, model[0][1].parameters())
+
+
+# Input
+
+
+def test_globs_have_to_be_strings_and_policies_are_copied():
+    learn = make_learner()
+    for act in (lambda: learn.freeze_to_bn(-1, bn={0: 'train'}), lambda: hold_bn_mode(learn.model, 'frozen', layers=['0.*']).__enter__()):
+        with pytest.raises(ValueError, match='matches no norm layer'):
+            act()
+    rule = {'0.*': 'train'}
+    learn.freeze_to_bn(-1, bn=rule)
+    rule['0.*'] = 'nonsense'
+    assert modes(learn) == ['train'] * 3
+
+
+def test_warnings_name_the_layers_of_a_dict():
+    with pytest.warns(UserWarning, match=r"\['0.1', '0.4', '1.2'\]"):
+        set_bn_mode(norm_layers(body_and_head()), 'frozen')
