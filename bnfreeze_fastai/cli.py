@@ -46,7 +46,7 @@ def demo(
     _check_range('epochs', epochs, 1)
     _check_range('images', images, 16, 800)
     path = _check_plot_path(out)
-    from bnfreeze_fastai.choose.compare import bn_compare# fastai takes seconds to import: --help need not wait for it
+    from bnfreeze_fastai.choose.compare import bn_compare # fastai takes seconds to import: --help need not wait for it
     from bnfreeze_fastai.digits import digit_learner, pretrain
     pretrained,source_accuracy = pretrain()
     get_learner = partial(digit_learner, pretrained, n_images=images)
@@ -143,7 +143,7 @@ def find(
     out:str='bnfreeze-find', # Folder for gains.csv, settings.json, report.md and plot.png
 ) -> None:
     "Suggest a batch norm policy for a folder of images by a rule and short trials, and say what it should gain"
-    import bnfreeze_fastai.find # patches `bn_find` in
+    import bnfreeze_fastai.choose.find # patches `bn_find` in
     from bnfreeze_fastai.choose.results import write_json
     from bnfreeze_fastai.choose.runs import new_learner
     from bnfreeze_fastai.choose.compare import check_training

@@ -25,8 +25,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from .holds import Hold, holds_on, put_holds, set_lasting
-from .layers import (BN_TYPES, MODES, NORM_TYPES, affine_params, check_glob, check_mode, is_frozen_norm, keeps_stats, mode_name,
-                                    never_trained, norm_layers, stats_buffers, updates_stats, what_it_is)
+from .layers import (BN_TYPES, MODES, NORM_TYPES, affine_params, check_glob, check_mode, is_frozen_norm, keeps_stats,
+                                    mode_name, never_trained, norm_layers, stats_buffers, updates_stats, what_it_is)
 
 # %% ../nbs/02_core.ipynb #086b7ee8
 @contextmanager

@@ -7,7 +7,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.data.core import Datasets
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import SGD, Adam, OptimWrapper, ranger
+from fastai.optimizer import Adam, OptimWrapper, ranger, SGD
 from fastai.torch_core import params, set_seed
 from fastcore.basics import noop
 from torch import nn

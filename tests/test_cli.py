@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd, pytest, torch, torchvision, warm
+from PIL import Image
 from conftest import ROOT
 from fastcore.script import anno_parser
-from PIL import Image
 
 from bnfreeze_fastai.cli import COMMANDS, main
 

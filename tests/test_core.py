@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 from bnfreeze_fastai.core import bn_mode, hold_bn_mode, set_affine, set_bn_mode
-from bnfreeze_fastai.layers import MODES, affine_params, bn_layers, norm_layers, stats_buffers
+from bnfreeze_fastai.layers import affine_params, bn_layers, MODES, norm_layers, stats_buffers
 
 
 class OwnBatchNorm(nn.BatchNorm2d):

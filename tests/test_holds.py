@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from bnfreeze_fastai.core import bn_mode, held_stats, hold_bn_mode, set_bn_mode
-from bnfreeze_fastai.layers import MODES, bn_layers, norm_layers, stats_buffers
+from bnfreeze_fastai.layers import bn_layers, MODES, norm_layers, stats_buffers
 from bnfreeze_fastai.sync import revert_sync_bn
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained')

@@ -1,20 +1,19 @@
 "Arguments of the wrong kind: what was given, what is taken, and the remedy, before anything has changed"
 
 import matplotlib.pyplot as plt, pandas as pd, pytest, torch
-from bnfreeze_fastai.freeze.callback import BatchNormFreeze
-from bnfreeze_fastai.plots import plot_bn_drift
-from learners import bits, make_dls, make_learner, same
 from fastai.learner import Learner
+from learners import bits, make_dls, make_learner, same
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from bnfreeze_fastai.cli import compare, demo
 from bnfreeze_fastai.choose.compare import bn_compare
-from bnfreeze_fastai.head.fold import fold_frozen
-from bnfreeze_fastai.fusion.fuse import fused_bn, kept_bytes
-from bnfreeze_fastai.plots import plot_differences, plot_score_curves, plot_scores, plot_gains
+from bnfreeze_fastai.cli import compare, demo
+from bnfreeze_fastai.freeze.callback import BatchNormFreeze
 from bnfreeze_fastai.freeze.policy import Policy
+from bnfreeze_fastai.fusion.fuse import fused_bn, kept_bytes
+from bnfreeze_fastai.head.fold import fold_frozen
 from bnfreeze_fastai.head.precompute import precomputed
+from bnfreeze_fastai.plots import plot_bn_drift, plot_differences, plot_gains, plot_score_curves, plot_scores
 from bnfreeze_fastai.stats.distances import bn_drift, moved, snapshot
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 from bnfreeze_fastai.stats.shift import bn_shift

@@ -105,8 +105,8 @@ class BatchNormFreeze(Callback):
         "See that nothing fixed has moved"
         moved = [] if self.fit_now is None else self.fit_now.compare()
         if not {*moved} <= {*self.moving_buffers}: warnings.warn(
-            f"In the frozen part, {moved} moved: buffers that are no statistics of a norm layer, so no mode governs them. What is promised is "
-            "that parameters and norm statistics stay.")
+            f"In the frozen part, {moved} moved: buffers that are no statistics of a norm layer, so no mode governs them. What is promised "
+            "is that parameters and norm statistics stay.")
         self.moving_buffers = [*dict.fromkeys([*self.moving_buffers, *moved])]
     def after_cancel_epoch(self) -> None:
         "The same, if the training part was cancelled; a validation that was may have left other weights in the model"

@@ -5,15 +5,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch, warm
-from learners import make_dls, make_learner
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
+from learners import make_dls, make_learner
 from torch.utils.data import DataLoader
 
-from bnfreeze_fastai.layers import MODES
 from bnfreeze_fastai.choose.compare import bn_compare
 from bnfreeze_fastai.choose.results import COLUMNS, Results
 from bnfreeze_fastai.choose.runs import FITS, run_policy
+from bnfreeze_fastai.layers import MODES
 
 get_learner = partial(make_learner, wd=0.01, lr=0.01)  # seeds its own weights: the same for all seeds
 

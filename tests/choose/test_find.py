@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np, pytest, torch
-from learners import body_and_head, bits, make_dls, make_learner, two_groups
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
@@ -14,15 +13,16 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat
-from fastai.optimizer import SGD, OptimWrapper, ranger
+from fastai.optimizer import OptimWrapper, ranger, SGD
 from fastai.torch_core import params, set_seed
+from learners import bits, body_and_head, make_dls, make_learner, two_groups
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import bnfreeze_fastai.find
+from bnfreeze_fastai.choose.rules import ADVICE, expected_gains, REFERENCE, TRIED
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
-from bnfreeze_fastai.choose.rules import ADVICE, REFERENCE, TRIED, expected_gains
 
 FAR = dict(source=lambda x: 20 * x + 50)  # the stored statistics are those of other data, and batches are large
 SMALL_BATCHES = dict(bs=2, n=96, bright=1)  # the stored statistics are right; those of a batch take away what tells the classes apart

@@ -4,12 +4,12 @@ import io, json, os, pickle, stat, tarfile, zipfile
 from pathlib import Path
 
 import pandas as pd, pytest, torch
-from bnfreeze_fastai.choose.compare import bn_compare
-from torch import nn
 from learners import make_learner
+from torch import nn
 
-from bnfreeze_fastai.vision import make_model, read_weights
+from bnfreeze_fastai.choose.compare import bn_compare
 from bnfreeze_fastai.choose.results import Results, write_whole
+from bnfreeze_fastai.vision import make_model, read_weights
 
 RAN = Path('ran')
 

@@ -1,12 +1,12 @@
 "Real architectures without weights, in every mode: what is fixed stays bitwise as it was"
 
 import pytest, torch, torch.nn.functional as F
-from bnfreeze_fastai.freeze.callback import active_callback
-from bnfreeze_fastai.layers import MODES, affine_params, keeps_stats, norm_layers, stats_buffers
+from fastai.callback.core import Callback, CancelTrainException, CancelValidException
 from learners import bits, make_learner
-from fastai.callback.core import Callback
-from fastai.callback.core import CancelTrainException, CancelValidException
 from networks import ARCHS
+
+from bnfreeze_fastai.freeze.callback import active_callback
+from bnfreeze_fastai.layers import affine_params, keeps_stats, MODES, norm_layers, stats_buffers
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated torchvision arguments
 

@@ -4,17 +4,16 @@ import copy, pickle, warnings
 
 import cloudpickle, pytest, torch
 import fastai.callback.schedule
-from bnfreeze_fastai.freeze.callback import BatchNormFreeze, active_callback
-from bnfreeze_fastai.layers import MODES, bn_layers
 from conftest import Body, may_move
-from learners import OPTIMIZERS, bits, body_and_head, make_learner, same, two_groups
 from fastai.callback.core import Callback
-from fastai.torch_core import params
-from fastai.torch_core import set_seed
 from fastai.callback.training import BnFreeze
-from fastai.torch_core import trainable_params
 from fastai.learner import load_learner
+from fastai.torch_core import params, set_seed, trainable_params
+from learners import bits, body_and_head, make_learner, OPTIMIZERS, same, two_groups
 from torch import nn
+
+from bnfreeze_fastai.freeze.callback import active_callback, BatchNormFreeze
+from bnfreeze_fastai.layers import bn_layers, MODES
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained', 'ignore:load_learner')
 

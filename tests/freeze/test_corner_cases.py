@@ -1,18 +1,18 @@
 "Corner cases that once went wrong: who owns a freeze point, a hold, a splitter or a flag when several hands change them"
 
-import pytest, torch
 import fastai.callback.schedule
+import pytest, torch
+from conftest import Body, loads_without_this_package, may_move
+from fastai.callback.core import Callback
+from fastai.learner import load_learner
+from fastai.torch_core import params, trainable_params
+from learners import bits, body_and_head, make_learner, OPTIMIZERS, same, two_groups
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
+
 from bnfreeze_fastai.core import hold_bn_mode, set_bn_mode
 from bnfreeze_fastai.freeze.callback import BatchNormFreeze
 from bnfreeze_fastai.layers import bn_layers, norm_layers
-from conftest import Body, loads_without_this_package, may_move
-from learners import OPTIMIZERS, bits, body_and_head, make_learner, same, two_groups
-from fastai.callback.core import Callback
-from fastai.torch_core import params
-from fastai.learner import load_learner
-from fastai.torch_core import trainable_params
-from torch import nn
-from torch.nn.utils.parametrize import register_parametrization
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained', 'ignore:load_learner', 'ignore:Lazy modules')
 

@@ -2,18 +2,19 @@
 
 The first half of each test is about fastai. Should one fail, fastai has changed: good news, and the documentation needs mending."""
 
-import pytest, torch
 import fastai.callback.schedule
-from bnfreeze_fastai.core import hold_bn_mode
-from bnfreeze_fastai.freeze.callback import BatchNormFreeze
-from bnfreeze_fastai.layers import MODES
+import pytest, torch
 from conftest import Body, may_move
-from learners import OPTIMIZERS, bits, body_and_head, make_learner, same
 from fastai.callback.core import Callback
 from fastai.callback.training import BnFreeze, set_bn_eval
 from fastai.torch_core import norm_types, trainable_params
 from fastai.vision.gan import set_freeze_model
+from learners import bits, body_and_head, make_learner, OPTIMIZERS, same
 from torch import nn
+
+from bnfreeze_fastai.core import hold_bn_mode
+from bnfreeze_fastai.freeze.callback import BatchNormFreeze
+from bnfreeze_fastai.layers import MODES
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained', 'ignore:load_learner')
 

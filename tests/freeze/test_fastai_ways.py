@@ -1,32 +1,32 @@
 "fastai as its own documentation uses it, with the callback among the default callbacks: it runs, and where nothing is fixed, to the same numbers"
 
-import numpy as np, pandas as pd, pytest, torch
 import fastai.callback.schedule  # patches Learner
-from bnfreeze_fastai.freeze.callback import BatchNormFreeze, active_callback
-from torch import nn
-from learners import two_groups
-from fastai.callback.progress import ProgressCallback
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import set_seed
+import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import defaults
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import MixUp
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.rnn import ModelResetter
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
-from fastai.collab import CollabDataLoaders, collab_learner
+from fastai.collab import collab_learner, CollabDataLoaders
 from fastai.data.core import DataLoaders
 from fastai.interpret import ClassificationInterpretation, Interpretation
 from fastai.layers import ConvLayer
-from fastai.learner import load_learner
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import RMSProp
-from fastai.tabular.all import CategoryBlock, Categorify, DataBlock, FillMissing, Normalize, TabularDataLoaders, tabular_learner
+from fastai.tabular.all import Categorify, CategoryBlock, DataBlock, FillMissing, Normalize, tabular_learner, TabularDataLoaders
 from fastai.test_utils import synth_learner
 from fastai.text.models.awdlstm import AWD_LSTM
-from fastai.vision.all import ImageBlock, PILImage, aug_transforms, vision_learner
+from fastai.torch_core import set_seed
+from fastai.vision.all import aug_transforms, ImageBlock, PILImage, vision_learner
+from learners import two_groups
+from torch import nn
+
+from bnfreeze_fastai.freeze.callback import active_callback, BatchNormFreeze
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 

@@ -6,22 +6,21 @@ from contextlib import nullcontext
 from copy import deepcopy
 
 import pytest, torch
-from bnfreeze_fastai.freeze.callback import BatchNormFreeze
-from bnfreeze_fastai.freeze.fuse import BatchNormFuse
-from torch import nn
-from learners import OPTIMIZERS, make_learner
-from fastai.callback.core import Callback
-from fastai.torch_core import params
-from fastai.torch_core import set_seed
-from fastcore.basics import noop
-from fastai.callback.core import CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException
+from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import *
 from fastai.callback.training import BnFreeze, GradientAccumulation
 from fastai.learner import load_learner
+from fastai.torch_core import params, set_seed
+from fastcore.basics import noop
+from learners import make_learner, OPTIMIZERS
+from torch import nn
 from torch.nn.parallel import DataParallel
 from torchvision.ops import FrozenBatchNorm2d
+
+from bnfreeze_fastai.freeze.callback import BatchNormFreeze
+from bnfreeze_fastai.freeze.fuse import BatchNormFuse
 
 pytestmark = pytest.mark.filterwarnings('ignore:The running statistics')
 

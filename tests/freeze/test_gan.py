@@ -3,19 +3,19 @@
 import warnings
 
 import pytest, torch
-from bnfreeze_fastai.freeze.callback import BatchNormFreeze
-from bnfreeze_fastai.layers import MODES
 from conftest import Body, may_move
-from learners import bits, make_learner, same, two_groups
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastai.torch_core import set_seed
-from fastcore.basics import noop
 from fastai.data.core import DataLoaders
 from fastai.layers import ConvLayer
-from fastai.torch_core import trainable_params
+from fastai.torch_core import set_seed, trainable_params
 from fastai.vision.gan import AdaptiveGANSwitcher, FixedGANSwitcher, GANLearner
+from fastcore.basics import noop
+from learners import bits, make_learner, same, two_groups
 from torch import nn
+
+from bnfreeze_fastai.freeze.callback import BatchNormFreeze
+from bnfreeze_fastai.layers import MODES
 
 NOTHING_FIXED = dict(
     freeze_to_bn=lambda learn: learn.freeze_to_bn(0),

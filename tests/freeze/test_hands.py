@@ -2,23 +2,22 @@
 
 import pickle, warnings
 
-import pytest, timm, torch
 import fastai.callback.schedule
-from bnfreeze_fastai.core import bn_mode
-from bnfreeze_fastai.freeze.callback import BatchNormFreeze, active_callback
-from bnfreeze_fastai.freeze.drift import BatchNormDrift
-from bnfreeze_fastai.freeze.fuse import BatchNormFuse
-from bnfreeze_fastai.layers import MODES, bn_layers, norm_layers
+import pytest, timm, torch
 from conftest import Body, may_move
-from learners import bits, body_and_head, make_learner, same, two_groups
 from fastai.callback.core import Callback
-from fastai.torch_core import params
-from fastai.torch_core import set_seed
-from fastai.torch_core import trainable_params
+from fastai.torch_core import params, set_seed, trainable_params
 from fastai.vision.learner import create_body, create_head
+from learners import bits, body_and_head, make_learner, same, two_groups
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 from torchvision.models import resnet18
+
+from bnfreeze_fastai.core import bn_mode
+from bnfreeze_fastai.freeze.callback import active_callback, BatchNormFreeze
+from bnfreeze_fastai.freeze.drift import BatchNormDrift
+from bnfreeze_fastai.freeze.fuse import BatchNormFuse
+from bnfreeze_fastai.layers import bn_layers, MODES, norm_layers
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained', 'ignore:load_learner')
 

@@ -1,12 +1,13 @@
 "`freeze_to_bn` and `bn_summary`"
 
 import numpy as np, pytest, torch
-from bnfreeze_fastai.freeze.callback import BatchNormFreeze, active_callback
-from bnfreeze_fastai.layers import MODES, affine_params
-from learners import body_and_head, make_learner
 from fastai.torch_core import trainable_params
+from learners import body_and_head, make_learner
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
+
+from bnfreeze_fastai.freeze.callback import active_callback, BatchNormFreeze
+from bnfreeze_fastai.layers import affine_params, MODES
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained')
 COLUMNS = ['layer', 'type', 'group', 'mode', 'affine_trainable', 'momentum', 'batches_tracked', 'stats_moved', 'affine_moved']

@@ -1,15 +1,16 @@
 "Every mode through every event of a Learner's life, with four optimizers and weight decay: what is fixed stays bitwise as it was"
 
-import pytest, torch.nn.functional as F
-from bnfreeze_fastai.freeze.callback import BatchNormFreeze, active_callback
-from bnfreeze_fastai.layers import MODES, bn_layers
-from conftest import Body, may_move
-from learners import OPTIMIZERS, make_learner
-from fastai.callback.core import Callback
-import torch
 import fastai.callback.fp16, fastai.callback.schedule  # patch Learner
+import pytest, torch.nn.functional as F
+import torch
+from conftest import Body, may_move
+from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import load_learner
+from learners import make_learner, OPTIMIZERS
+
+from bnfreeze_fastai.freeze.callback import active_callback, BatchNormFreeze
+from bnfreeze_fastai.layers import bn_layers, MODES
 
 
 class Trains(Callback):

@@ -2,16 +2,17 @@
 
 import copy, warnings
 
+import fastai.callback.schedule, fastai.vision.learner  # patch Learner
 import pytest, torch
-from bnfreeze_fastai.freeze.callback import BatchNormFreeze, active_callback
-from bnfreeze_fastai.freeze.drift import BatchNormDrift
-from bnfreeze_fastai.layers import bn_layers
-from learners import make_learner, two_groups
 from fastai.callback.core import Callback
 from fastai.callback.hook import layer_info
 from fastai.interpret import Interpretation
 from fastai.learner import load_learner
-import fastai.callback.schedule, fastai.vision.learner  # patch Learner
+from learners import make_learner, two_groups
+
+from bnfreeze_fastai.freeze.callback import active_callback, BatchNormFreeze
+from bnfreeze_fastai.freeze.drift import BatchNormDrift
+from bnfreeze_fastai.layers import bn_layers
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained', 'ignore:load_learner', 'ignore:Exporting')
 

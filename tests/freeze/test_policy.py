@@ -4,8 +4,8 @@ import pytest
 from learners import body_and_head, two_groups
 from torch import nn
 
-from bnfreeze_fastai.freeze.groups import Groups, frozen_groups
-from bnfreeze_fastai.freeze.policy import Policy, check_policy, layer_modes
+from bnfreeze_fastai.freeze.groups import frozen_groups, Groups
+from bnfreeze_fastai.freeze.policy import check_policy, layer_modes, Policy
 
 
 def test_first_glob_wins_and_the_default_has_the_rest():

@@ -4,17 +4,17 @@ from fractions import Fraction
 from math import ceil
 
 import pytest, torch
-from bnfreeze_fastai.choose.compare import bn_compare
-from bnfreeze_fastai.freeze.callback import BatchNormFreeze
-from bnfreeze_fastai.layers import MODES
 from conftest import Body, may_move
-from learners import OPTIMIZERS, make_dls, make_learner
-from fastai.callback.core import Callback
-from fastai.torch_core import set_seed
-from fastai.callback.core import CancelFitException
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import lr_find
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import load_learner
+from fastai.torch_core import set_seed
+from learners import make_dls, make_learner, OPTIMIZERS
+
+from bnfreeze_fastai.choose.compare import bn_compare
+from bnfreeze_fastai.freeze.callback import BatchNormFreeze
+from bnfreeze_fastai.layers import MODES
 
 
 class ByBatch(Callback):

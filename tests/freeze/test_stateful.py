@@ -1,18 +1,19 @@
 "Random sequences of what people do to a Learner, against a simple model of what may move"
 
 from contextlib import suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import fastai.callback.schedule
+from fastai.callback.core import Callback
+from fastai.learner import load_learner
+from fastai.torch_core import params
+from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis.stateful import initialize, invariant, precondition, rule, RuleBasedStateMachine
+from learners import bits, make_learner, OPTIMIZERS, same
+
 from bnfreeze_fastai.freeze.callback import BatchNormFreeze
 from bnfreeze_fastai.layers import MODES, stats_buffers
-from learners import OPTIMIZERS, bits, make_learner, same
-from fastai.callback.core import Callback
-from fastai.torch_core import params
-from fastai.learner import load_learner
-from hypothesis import HealthCheck, settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from pathlib import Path
 
 N_GROUPS = 3
 modes, points = st.sampled_from(list(MODES)), st.integers(0, N_GROUPS - 1)

@@ -4,21 +4,20 @@ import pickle, warnings
 from functools import partial
 
 import pytest, torch
-from bnfreeze_fastai.freeze.callback import BatchNormFreeze, active_callback
-from bnfreeze_fastai.freeze.in_force import modes_in_force
-from bnfreeze_fastai.freeze.policy import Policy
-from bnfreeze_fastai.layers import MODES, affine_params, norm_layers
 from conftest import Body, may_move
-from learners import OPTIMIZERS, bits, body_and_head, make_dls, make_learner, same, two_groups
 from fastai.callback.core import Callback
-from fastai.torch_core import set_seed
 from fastai.learner import load_learner
-from fastai.torch_core import trainable_params
+from fastai.torch_core import set_seed, trainable_params
+from learners import bits, body_and_head, make_dls, make_learner, OPTIMIZERS, same, two_groups
 from torch import nn
 
-from bnfreeze_fastai.freeze.groups import Groups, pretrained_norms
 from bnfreeze_fastai.choose.policies import check_policies, put_policy
 from bnfreeze_fastai.choose.runs import run_policy
+from bnfreeze_fastai.freeze.callback import active_callback, BatchNormFreeze
+from bnfreeze_fastai.freeze.groups import Groups, pretrained_norms
+from bnfreeze_fastai.freeze.in_force import modes_in_force
+from bnfreeze_fastai.freeze.policy import Policy
+from bnfreeze_fastai.layers import affine_params, MODES, norm_layers
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained')
 NAMES = ['0.1', '0.4']

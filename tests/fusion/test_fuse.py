@@ -3,21 +3,21 @@
 import pickle
 from contextlib import nullcontext
 from copy import copy, deepcopy
+from functools import partial
 from itertools import product
 
 import numpy as np, pytest, timm, torch, torch.nn.functional as F
-from bnfreeze_fastai.core import set_bn_mode
-from bnfreeze_fastai.layers import bn_layers, norm_layers
-from torch import nn
-from functools import partial
 from fastai.torch_core import TensorImage
 from fastai.vision.learner import create_unet_model
+from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential, CheckpointPolicy, create_selective_checkpoint_contexts
 from torchvision import models
 
-from bnfreeze_fastai.fusion.lazy import Deferred
+from bnfreeze_fastai.core import set_bn_mode
 from bnfreeze_fastai.fusion.fuse import fused_bn, kept_bytes
+from bnfreeze_fastai.fusion.lazy import Deferred
+from bnfreeze_fastai.layers import bn_layers, norm_layers
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated arguments of torchvision, statistics that were never trained
 

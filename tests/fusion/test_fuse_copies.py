@@ -3,14 +3,15 @@
 import copy, io, subprocess, sys
 
 import pytest, torch
-from bnfreeze_fastai.core import hold_bn_mode, set_bn_mode
-from bnfreeze_fastai.layers import bn_layers
-from learners import body_and_head, make_learner
 from fastai.callback.core import Callback
+from learners import body_and_head, make_learner
 from test_fuse import Forked, furthest, prepare, run
 from test_holds import COPIES, parametrized
+from torch import nn
 
+from bnfreeze_fastai.core import hold_bn_mode, set_bn_mode
 from bnfreeze_fastai.fusion.fuse import fused_bn
+from bnfreeze_fastai.layers import bn_layers
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # statistics that were never trained
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

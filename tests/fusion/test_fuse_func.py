@@ -3,11 +3,11 @@
 from functools import partial
 
 import pytest, torch, torch.autograd.forward_ad as fwAD
-from bnfreeze_fastai.core import set_bn_mode
 from torch import nn
 from torch.autograd.functional import hessian as old_hessian, jacobian as old_jacobian, jvp as old_jvp, vhp
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
+from bnfreeze_fastai.core import set_bn_mode
 from bnfreeze_fastai.fusion.fuse import fused_bn
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of PyTorch's own batching

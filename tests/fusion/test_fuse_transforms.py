@@ -1,11 +1,11 @@
 "Fused or not, transforms of functions give the same: `torch.func`, forward-mode differentiation, tracing"
 
 import pytest, torch, torch.nn.functional as F
-from bnfreeze_fastai.core import set_bn_mode
 from torch import nn
 from torch.autograd import forward_ad, functional
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap
 
+from bnfreeze_fastai.core import set_bn_mode
 from bnfreeze_fastai.fusion.fuse import fused_bn
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated parts of tracing

@@ -1,7 +1,6 @@
 "The cut is found where the frozen part ends, and the model goes on from there as if it had run whole"
 
 import pytest, torch
-
 from fastai.vision.learner import create_vision_model
 from networks import ARCHS
 from test_precompute import efficientnet
@@ -9,8 +8,8 @@ from torch import nn
 from torchvision import models
 
 from bnfreeze_fastai.head.cut import Cut, find_cut, is_random
+from bnfreeze_fastai.head.resume import check_cut, Features, resumable
 from bnfreeze_fastai.utils.restore import evaluating
-from bnfreeze_fastai.head.resume import Features, check_cut, resumable
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated torchvision arguments
 

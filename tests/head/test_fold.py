@@ -1,19 +1,18 @@
 "The folded frozen part computes what the frozen part does, and leaves nothing behind"
 
 import numpy as np, pytest, torch
-from bnfreeze_fastai.core import set_bn_mode
-from bnfreeze_fastai.layers import bn_layers, keeps_stats
-from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
-from learners import same
 from fastai.callback.mixup import MixUp
 from fastai.torch_basics import Transform
-from test_precompute import ARCHS, FunctionalDropout, conv, fingerprint_of, generators, jitter, small, train, unet, with_model
+from learners import same
+from test_precompute import ARCHS, conv, fingerprint_of, FunctionalDropout, generators, jitter, small, train, unet, with_model
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune
-from torch.nn.utils import spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from torchvision.ops import FrozenBatchNorm2d
 
+from bnfreeze_fastai.core import set_bn_mode
 from bnfreeze_fastai.head.fold import folded
+from bnfreeze_fastai.layers import bn_layers, keeps_stats
+from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 from bnfreeze_fastai.utils.restore import evaluating
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated torchvision arguments

@@ -3,12 +3,12 @@
 from copy import deepcopy
 
 import pytest, torch
-from bnfreeze_fastai.layers import bn_layers
 from learners import body_and_head, make_learner
-from test_precompute import FunctionalDropout, conv, dropout_head, two_input_learner
+from test_precompute import conv, dropout_head, FunctionalDropout, two_input_learner
 from torch import nn
 
-from bnfreeze_fastai.head.part import WatchFrozen, frozen_part
+from bnfreeze_fastai.head.part import frozen_part, WatchFrozen
+from bnfreeze_fastai.layers import bn_layers
 from bnfreeze_fastai.utils.restore import evaluating
 
 

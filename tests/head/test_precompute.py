@@ -6,34 +6,32 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
-from conftest import ROOT
-
+import fastai.callback.schedule
 import numpy as np, pytest, torch
-from learners import OPTIMIZERS, bits, body_and_head, image, label, make_learner, same
+from conftest import ROOT
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException, FetchPredsCallback, GatherPredsCallback
+from fastai.callback.data import PartialDL, WeightedDL
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
-import fastai.callback.schedule
-from fastai.callback.data import PartialDL, WeightedDL
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.load import DataLoader, SkipItemException
 from fastai.data.transforms import ToTensor
 from fastai.interpret import ClassificationInterpretation
 from fastai.metrics import accuracy
-from fastai.torch_core import TensorCategory, params, set_seed
+from fastai.torch_basics import ItemTransform, Transform
+from fastai.torch_core import params, set_seed, TensorCategory
 from fastai.vision.augment import FlipItem, Normalize, Resize
 from fastai.vision.core import PILImage
 from fastai.vision.learner import create_timm_model, create_unet_model, create_vision_model, model_meta
-from fastai.torch_basics import ItemTransform, Transform
+from learners import bits, body_and_head, image, label, make_learner, OPTIMIZERS, same
 from torch import nn
-from torch.utils.data import IterableDataset, WeightedRandomSampler
-from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset, WeightedRandomSampler
 from torchvision import models
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
-from bnfreeze_fastai.layers import bn_layers
 from bnfreeze_fastai.head.serve import FeatureBatches, ServeFeatures
+from bnfreeze_fastai.layers import bn_layers
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated torchvision arguments, autocast without a GPU
 

@@ -4,15 +4,14 @@ import random
 from functools import partial
 
 import numpy as np, pytest, torch
-from learners import image, label
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.torch_basics import Transform
-from fastai.vision.data import bb_pad
 from fastai.vision.core import TensorBBox
+from fastai.vision.data import bb_pad
+from learners import image, label
 from test_precompute import fastai_dls, generators, small, tensors, torch_dls, train, with_dls
 from torch import nn
-from torch.utils.data import ConcatDataset, Subset, TensorDataset
-from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import ConcatDataset, DataLoader as TorchDataLoader, Subset, TensorDataset
 from torchvision.transforms import Compose, Lambda, RandomApply, RandomErasing, TrivialAugmentWide, v2
 
 from bnfreeze_fastai.head.drawing import random_transforms

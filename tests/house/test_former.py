@@ -3,9 +3,9 @@
 import gzip, importlib, io, json, shutil, subprocess, sys, warnings
 
 import pytest, torch
-from conftest import ROOT, Body
-from learners import make_dls
+from conftest import Body, ROOT
 from fastai.learner import load_learner
+from learners import make_dls
 
 from bnfreeze_fastai import _moved
 from bnfreeze_fastai.all import BatchNormFreeze, Policy

@@ -4,7 +4,7 @@ import json, os, re, shutil, subprocess, sys, sysconfig, tarfile, venv, zipfile
 from pathlib import Path
 
 import pytest, yaml
-from conftest import ROOT, make
+from conftest import make, ROOT
 
 pytestmark = pytest.mark.xdist_group('package')  # which is built once
 PACKAGE = ROOT / 'bnfreeze_fastai'

@@ -9,7 +9,7 @@ from nbdev.doclinks import _build_lookup_table
 
 from docs.imports import FOLD
 from docs.links import site_links
-from docs.notebooks import NBS, module_of
+from docs.notebooks import module_of, NBS
 from docs.pages import markdown, page_cells
 
 OF_THE_REPOSITORY = {'which_mode', 'put_to_the_test'}  # they show its tables, and say so

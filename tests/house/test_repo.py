@@ -6,7 +6,7 @@ from importlib.metadata import distributions, metadata, requires, version
 from pathlib import Path
 
 import pandas as pd, pytest
-from conftest import ROOT, make
+from conftest import make, ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version

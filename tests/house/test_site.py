@@ -3,7 +3,7 @@
 import functools, http.server, os, re, shutil, threading
 
 import pytest
-from conftest import METHODS, PUBLIC, ROOT, make
+from conftest import make, METHODS, PUBLIC, ROOT
 
 import bnfreeze_fastai.all as door
 

@@ -10,37 +10,38 @@ from fastai.learner import Learner
 from fastai.vision.all import vision_learner
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn, Tensor
 from typing_extensions import assert_type
 
 from bnfreeze_fastai import learner as methods
 from bnfreeze_fastai.all import *
-from bnfreeze_fastai.cli import main
 from bnfreeze_fastai.choose.compare import check_training
 from bnfreeze_fastai.choose.differences import table_html, table_text
+from bnfreeze_fastai.cli import main
 from bnfreeze_fastai.core import held_stats, set_affine, warn_unkept
-from bnfreeze_fastai.freeze.groups import Groups, as_groups, frozen_groups, pretrained_norms, trained_now
+from bnfreeze_fastai.digits import colour, digit_images, digit_learner, pretrain, ResBlock, small_resnet, ValidateLast
+from bnfreeze_fastai.freeze.groups import as_groups, frozen_groups, Groups, pretrained_norms, trained_now
 from bnfreeze_fastai.freeze.guard import drop_grads, level_slow_weights
 from bnfreeze_fastai.freeze.in_force import frozen_in_force, planned_modes
-from bnfreeze_fastai.freeze.policy import ModeSpec, check_policy, layer_modes, told_policy
-from bnfreeze_fastai.freeze.stages import Stages, check_schedule, stages
+from bnfreeze_fastai.freeze.policy import check_policy, layer_modes, ModeSpec, told_policy
+from bnfreeze_fastai.freeze.stages import check_schedule, Stages, stages
 from bnfreeze_fastai.freeze.summary import BatchNormSummary
 from bnfreeze_fastai.fusion.fuse import Fusion, kept_bytes, refuse_fusion
 from bnfreeze_fastai.layers import (
-    BN_TYPES,
-    Mode,
-    NORM_TYPES,
     affine_params,
+    BN_TYPES,
     check_glob,
     check_mode,
     is_compiled,
     is_frozen_norm,
     keeps_stats,
+    Mode,
     mode_name,
     named_modules,
     named_tensors,
     never_trained,
     norm_params,
+    NORM_TYPES,
     refuse_compiled,
     stats_buffers,
     updates_stats,
@@ -51,7 +52,6 @@ from bnfreeze_fastai.stats.recalibrate import Drift
 from bnfreeze_fastai.stats.shift import BatchNormShift
 from bnfreeze_fastai.utils.ranks import all_ranks
 from bnfreeze_fastai.utils.tensors import fingerprint
-from bnfreeze_fastai.digits import ResBlock, ValidateLast, colour, digit_images, digit_learner, pretrain, small_resnet
 
 
 def modes_in_plain_torch(model: nn.Module, layer: nn.BatchNorm2d):

@@ -3,19 +3,19 @@
 from copy import deepcopy
 
 import pandas as pd, pytest, torch
-from bnfreeze_fastai.freeze.callback import active_callback
-from bnfreeze_fastai.freeze.policy import Policy
-from bnfreeze_fastai.layers import stats_buffers
-from bnfreeze_fastai.stats.recalibrate import convert_bn
 from conftest import Body
-from learners import bits, body_and_head, make_learner, same
 from fastai.torch_core import trainable_params
+from learners import bits, body_and_head, make_learner, same
 from test_throughout import pretrained
 from torch import nn
 
 from bnfreeze_fastai.choose.compare import bn_compare
 from bnfreeze_fastai.choose.policies import check_policies, put_policy
 from bnfreeze_fastai.choose.runs import run_policy
+from bnfreeze_fastai.freeze.callback import active_callback
+from bnfreeze_fastai.freeze.policy import Policy
+from bnfreeze_fastai.layers import stats_buffers
+from bnfreeze_fastai.stats.recalibrate import convert_bn
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained')
 

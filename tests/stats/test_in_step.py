@@ -4,8 +4,8 @@ import gc, signal, threading, time, warnings
 from copy import deepcopy
 
 import pytest, torch, torch.nn.functional as F
-from learners import bits, same
 from fastai.callback.hook import hook_output
+from learners import bits, same
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint

@@ -2,22 +2,22 @@
 
 import pickle, random
 
+import fastai.callback.schedule
 import numpy as np, pandas as pd, pytest, torch
-from bnfreeze_fastai.freeze.drift import BatchNormDrift
-from bnfreeze_fastai.layers import affine_params, bn_layers
-from bnfreeze_fastai.plots import plot_bn_drift
 from conftest import Body
-from learners import OPTIMIZERS, bits, body_and_head, image, label, make_learner, same
 from fastai.callback.core import Callback
-from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import set_seed
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
-from fastai.torch_core import TensorImage, TensorMask, trainable_params
-import fastai.callback.schedule
+from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import set_seed, TensorImage, TensorMask, trainable_params
+from learners import bits, body_and_head, image, label, make_learner, OPTIMIZERS, same
 from torch import nn
+
+from bnfreeze_fastai.freeze.drift import BatchNormDrift
+from bnfreeze_fastai.layers import affine_params, bn_layers
+from bnfreeze_fastai.plots import plot_bn_drift
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained', 'ignore:`load_learner`', 'ignore:load_learner')
 DRIFT = ['layer', 'mean_shift', 'log_var_ratio', 'kl']

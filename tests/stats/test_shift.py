@@ -4,12 +4,13 @@ import pickle
 from copy import deepcopy
 
 import pandas as pd, pytest, torch
+from fastai.torch_core import set_seed
+from learners import make_learner
+from torch import nn
+
 from bnfreeze_fastai.stats.distances import bn_drift, snapshot, symmetric_kl
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 from bnfreeze_fastai.stats.shift import bn_shift
-from learners import make_learner
-from fastai.torch_core import set_seed
-from torch import nn
 
 COLUMNS = ['layer', 'mean_shift', 'log_var_ratio', 'kl', 'kl_median', 'dead']
 

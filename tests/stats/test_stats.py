@@ -4,9 +4,9 @@ import pickle, random, warnings, weakref
 from copy import deepcopy
 
 import numpy as np, pandas as pd, pytest, torch
-from learners import bits, same
 from fastai.layers import BatchNorm1dFlat
 from fastai.torch_core import TensorImage, TensorMask
+from learners import bits, same
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -16,8 +16,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from bnfreeze_fastai.core import bn_mode, set_bn_mode
 from bnfreeze_fastai.layers import bn_layers, norm_layers
-from bnfreeze_fastai.stats.observe import Observer, observe
 from bnfreeze_fastai.stats.distances import bn_drift, snapshot
+from bnfreeze_fastai.stats.observe import observe, Observer
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 from bnfreeze_fastai.stats.shift import bn_shift
 

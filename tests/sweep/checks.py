@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from bnfreeze_fastai.core import set_bn_mode
 from bnfreeze_fastai.layers import MODES
 from bnfreeze_fastai.fusion.fuse import fused_bn
-from bnfreeze_fastai.freeze.summary import BatchNormSummary  # importing it gives Learners their methods
+from bnfreeze_fastai.freeze.summary import BatchNormSummary
+import bnfreeze_fastai.learner  # gives Learners their methods
 
 from .networks import as_vision_learner, two_groups
 

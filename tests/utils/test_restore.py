@@ -1,14 +1,12 @@
 "Buffers of every sort are compared and given back"
 
 import pytest, torch
-
 from test_precompute import small, train
 from torch import nn
 
-from bnfreeze_fastai.utils.tensors import fingerprint
-from bnfreeze_fastai.utils.restore import evaluating
-from bnfreeze_fastai.utils.tensors import plain_parts
 from bnfreeze_fastai.choose.trials import trial_copy
+from bnfreeze_fastai.utils.restore import evaluating
+from bnfreeze_fastai.utils.tensors import fingerprint, plain_parts
 
 
 def quantized(by_channel=False):
