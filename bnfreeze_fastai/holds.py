@@ -27,7 +27,7 @@ from .layers import BN_TYPES, MODES, keeps_stats, stats_buffers
 _LOCK = threading.Lock()
 
 def _recomputes() -> bool:
-    "Whether this forward pass runs inside a backward pass, as activation checkpointing has it"
+    "Whether this forward pass runs inside a backward pass, as with activation checkpointing"
     return torch._C._current_graph_task_id() != -1
 
 def _now() -> tuple[bool, int]: # Is `torch.compile` at work? And the thread
@@ -35,11 +35,11 @@ def _now() -> tuple[bool, int]: # Is `torch.compile` at work? And the thread
     return compiling,0 if compiling else threading.get_ident()
 
 class Temporary:
-    "What a module has for a while: a hook or an attribute that copies and pickles of the module leave out, unless it is `lasting`"
+    "A hook or attribute that a module has for a while; copies and pickles of the module leave it out, unless it is `lasting`"
     lasting = False
 
 class Hold(Temporary):
-    "A mode held on a layer, for good (`lasting`) or for a while, and the forward hooks that see to its statistics"
+    "A mode held on a layer, for good (`lasting`) or for a while, with the forward hooks that hold its statistics"
     def __init__(self, mode:str, lasting:bool=False, guards:bool=False, root:nn.Module|None=None):
         self.mode,self.lasting,self.guards = mode,lasting,guards # `guards`: an attempt to reset the statistics raises
         self.root,self.momentum = None if root is None else ref(root),None

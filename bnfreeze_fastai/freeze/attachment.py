@@ -47,7 +47,7 @@ class Attachment:
         self.fits,self.compiled_for = [],frozenset() # the layers held when `torch.compile` last traced the model
         if previous is not None: return self.take_over(previous)
         self.point,self.splitter,self.lists = FreezePoint(learn.opt),learn.splitter,lists
-        self.found = {p: p.requires_grad for p in groups.of_norms} # to be given back if nobody freezes anything
+        self.found = {p: p.requires_grad for p in groups.of_norms} # given back at the end if nobody freezes anything
 
     def take_over(self, other:Attachment) -> None:
         "Know what `other` knows of the Learner"
@@ -60,7 +60,7 @@ class Attachment:
     def fit_now(self): return next((fit for fit in reversed(self.fits) if fit.trains), None)
 
     def release(self) -> None:
-        "End what fits hold, also one that an exception left behind"
+        "End what fits hold, also a fit that an exception left behind"
         while self.fits: self.fits.pop().end()
 
 # %% ../../nbs/freeze/06_attachment.ipynb #58c526cc
@@ -87,7 +87,7 @@ def modes(self:Attachment,
 
 @patch(as_prop=True)
 def pretrained(self:Attachment) -> list[str]: # Dotted names
-    "The norm layers that `throughout` is about"
+    "The norm layers to which `throughout` applies"
     return pretrained_norms(self.groups(), self.trained)
 
 # %% ../../nbs/freeze/06_attachment.ipynb #4bbc7b5b
