@@ -32,9 +32,9 @@ from .layers import (BN_TYPES, MODES, NORM_TYPES, affine_params, check_glob, che
 @contextmanager
 def held_stats(
     modes:Mapping[nn.Module, str], # Norm layer to mode
-    root:nn.Module|None=None, # The model that they are in: `unheeded` then knows what it did with them
-) -> Iterator[dict[nn.Module, Hold]]: # Norm layer to what holds it, for `unheeded`
-    "Hold the statistics half of each layer's mode through any `.train()`; on every way out this hold is gone"
+    root:nn.Module|None=None, # The model that they are in; `unheeded` needs it to see what it did with them
+) -> Iterator[dict[nn.Module, Hold]]: # Norm layer to its hold, for `unheeded`
+    "Hold the statistics half of each layer's mode through any `.train()`; however the block ends, this hold is gone"
     guards = any(keeps_stats(l) and not MODES[mode].updates_stats for l,mode in modes.items())
     holds = {l: Hold(mode, guards=guards, root=root) for l,mode in modes.items()}
     try:
@@ -46,7 +46,7 @@ def held_stats(
 # %% ../nbs/02_core.ipynb #8ea6a616
 def unheeded(
     holds:Mapping[nn.Module, Hold], # From `held_stats` with a `root`
-) -> tuple[list[nn.Module], list[nn.Module]]: # Layers that ran in eval mode alone, and layers whose hooks never ran
+) -> tuple[list[nn.Module], list[nn.Module]]: # Layers that only ran in eval mode, and layers whose hooks never ran
     "Layers whose statistics should move but did not while their root was in training, and layers that are held but were not called"
     updates = lambda l: MODES[holds[l].mode].updates_stats
     return ([l for l,h in holds.items() if updates_stats(l) and updates(l) and h.flags == {False}],
@@ -55,7 +55,7 @@ def unheeded(
 def told_in_eval(
     names:Iterable[str], # Of layers
 ) -> str:
-    "What to say of layers whose statistics should move, but that ran in eval mode alone"
+    "What to say of layers whose statistics should move, but that only ran in eval mode"
     return (f"The running statistics of {list(names)} did not move as their mode says: the model was in training mode and these layers in "
             "eval mode, put there by the model's own `train()` (such as `norm_eval=True`) or by a call of `eval()` on a part. Switch that "
             "off, or give these layers the mode 'affine-only' or 'frozen'.")

@@ -149,7 +149,7 @@ def give_back(self:Attachment) -> None:
 @patch
 @contextmanager
 def with_optimizer(self:Attachment):
-    "With an optimizer for as long as the tensors are put right, where `load_learner` has left none"
+    "Make an optimizer while the tensors are put right, if `load_learner` left none"
     lacking = self.learn.opt is None and bool(self.point.fixed)
     try:
         if lacking: self.learn.create_opt()
@@ -159,10 +159,10 @@ def with_optimizer(self:Attachment):
 
 @patch
 def pass_on(self:Attachment,
-    going:Callback, # The callback that this is of
+    going:Callback, # The callback that this attachment belongs to
     remaining:Callback|None, # The one that will be in force
 ) -> None:
-    "Let `remaining` know what is known of the Learner; if there is none, give back what was there"
+    "Hand what is known of the Learner to `remaining`; if that is `None`, give back what was there"
     with self.with_optimizer() as has_opt:
         if remaining is not None: remaining.at.take_over(self)
         if self.learn.splitter == going.split: self.learn.splitter = self.splitter if remaining is None else remaining.split
@@ -170,7 +170,7 @@ def pass_on(self:Attachment,
 
 @patch
 def forget(self:Attachment) -> None:
-    "Believe the optimizer and the tensors alone from now on: somebody decides anew what is frozen"
+    "Go only by the optimizer and the tensors from now on: somebody decides again what is frozen"
     self.found = {}
     self.point.forget()
 

@@ -83,7 +83,7 @@ class Guard(ExitStack):
         verify:bool,
         before:Mapping[str, bytes], # Fingerprints taken earlier in the fit, which count for what was fixed then
     ) -> None:
-        "Note what is fixed, and what it is"
+        "Note what is fixed and, with `verify`, its fingerprints"
         self.model,self.fixed = model,fixed
         stats = [b for n,mode in self.modes.items() if not MODES[mode].updates_stats for b in stats_buffers(self.layers[n]).values()]
         keep = {*fixed.params, *stats} if verify else set()

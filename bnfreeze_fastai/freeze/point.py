@@ -81,7 +81,7 @@ class FreezePoint:
         self.flags = _flags(model)
 
     def forget(self) -> None:
-        "Believe the optimizer and the tensors alone"
+        "Go only by the optimizer and the tensors"
         self.opt,self.n,self.idx,self.decided,self.flags = None,0,0,None,{}
 
     def handed_over(self) -> FreezePoint:

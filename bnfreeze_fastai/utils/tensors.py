@@ -37,7 +37,7 @@ def plain_parts(
 def fingerprint(
     tensor:Tensor, # Of any shape, type, layout and device; without values on `meta`
 ) -> bytes: # 16 bytes
-    "A hash (XXH3) that differs when any bit of `tensor` does, but for odds of about 1 in 2^128"
+    "A hash (XXH3) that differs when any bit of `tensor` does, with odds of about 1 in 2^128 to miss it"
     digest = xxh3_128()
     for part in plain_parts(tensor): digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.digest()
