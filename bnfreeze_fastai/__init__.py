@@ -7,7 +7,7 @@ Modules:
 - `bnfreeze_fastai.choose.compare`: Full runs of several batch norm policies, from the same weights and over the same batches
 - `bnfreeze_fastai.choose.find`: Which batch norm policy suits this data? The rule, corrected by short trials, with the gain to expect
 - `bnfreeze_fastai.core`: Set, hold and read the mode of norm layers, in plain PyTorch
-- `bnfreeze_fastai.freeze.callback`: The callback that keeps the batch norm modes of a policy in every fit
+- `bnfreeze_fastai.freeze.callback`: The callback that keeps a batch norm policy in every fit
 - `bnfreeze_fastai.fusion.fuse`: Train through fixed statistics at the cost of a convolution
 - `bnfreeze_fastai.head.precompute`: Train the head at the speed of the head: run the frozen part once
 - `bnfreeze_fastai.learner`: Freezing with a policy, and running statistics, as methods of every Learner

@@ -68,7 +68,7 @@ def keeps_stats(
 def updates_stats(
     layer:nn.Module, # A norm layer
 ) -> bool:
-    "Whether a training batch updates the running statistics of `layer`; not so if somebody switched `track_running_stats` off"
+    "Whether a training batch updates the running statistics of `layer`; False if somebody switched `track_running_stats` off"
     return keeps_stats(layer) and layer.track_running_stats
 
 # %% ../nbs/00_layers.ipynb #16c4f585
@@ -91,7 +91,7 @@ def stats_buffers(
 def never_trained(
     layer:nn.Module, # A norm layer
 ) -> bool:
-    "Whether the running statistics of `layer` are still those it was made with: mean 0, variance 1, no batch tracked"
+    "Whether the running statistics of `layer` are still the initial ones: mean 0, variance 1, no batch tracked"
     if not keeps_stats(layer): return False
     if is_lazy(layer.running_mean): return True
     return not layer.num_batches_tracked and not layer.running_mean.any() and bool((layer.running_var == 1).all())
@@ -117,7 +117,7 @@ def named_modules(
     return found
 
 def what_it_is(o) -> str:
-    "In words, with what to give if `o` is a Learner or something like it that has a model"
+    "What `o` is, in words; for a Learner or anything else with a model, also what to give instead"
     if isinstance(o, type): return f"the class {o.__name__}: give one that was made, such as `{o.__name__}(…)`"
     has_model = isinstance(getattr(o, 'model', None), nn.Module)
     return f"{type(o).__name__} ({o!r:.60})" if not has_model else f"{type(o).__name__}: give its `.model`"

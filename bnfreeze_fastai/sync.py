@@ -53,8 +53,8 @@ def _plain_bn(sync:nn.SyncBatchNorm, kind:type[_BatchNorm]) -> _BatchNorm:
 def revert_sync_bn(
     model:nn.Module, # Any model; `ValueError` inside a fit or `hold_bn_mode`
     x:Tensor|None=None, # An input of `model`, for one that flattens in code of its own
-) -> nn.Module: # `model`, or if it is a `SyncBatchNorm` itself the layer in its place
-    "Put a plain batch norm in the place of each `SyncBatchNorm`: same parameters, statistics, flags and modes"
+) -> nn.Module: # `model`; the new layer if `model` is itself a `SyncBatchNorm`
+    "Replace each `SyncBatchNorm` by a plain batch norm with the same parameters, statistics, flags and modes"
     kinds = _plain_kinds(model)
     if any(not h.lasting for l in kinds for h in holds_on(l)):
         raise ValueError("The modes of this model are held for a while: leave the fit or the `with` block before `revert_sync_bn`.")

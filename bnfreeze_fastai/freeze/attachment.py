@@ -47,7 +47,7 @@ class Attachment:
         self.fits,self.compiled_for = [],frozenset() # the layers held when `torch.compile` last traced the model
         if previous is not None: return self.take_over(previous)
         self.point,self.splitter,self.lists = FreezePoint(learn.opt),learn.splitter,lists
-        self.found = {p: p.requires_grad for p in groups.of_norms} # to be given back if nobody freezes anything
+        self.found = {p: p.requires_grad for p in groups.of_norms} # given back at the end if nobody freezes anything
 
     def take_over(self, other:Attachment) -> None:
         "Know what `other` knows of the Learner"
@@ -60,7 +60,7 @@ class Attachment:
     def fit_now(self): return next((fit for fit in reversed(self.fits) if fit.trains), None)
 
     def release(self) -> None:
-        "End what fits hold, also one that an exception left behind"
+        "End what fits hold, also a fit that an exception left behind"
         while self.fits: self.fits.pop().end()
 
 # %% ../../nbs/freeze/06_attachment.ipynb #58c526cc
@@ -87,7 +87,7 @@ def modes(self:Attachment,
 
 @patch(as_prop=True)
 def pretrained(self:Attachment) -> list[str]: # Dotted names
-    "The norm layers that `throughout` is about"
+    "The norm layers to which `throughout` applies"
     return pretrained_norms(self.groups(), self.trained)
 
 # %% ../../nbs/freeze/06_attachment.ipynb #4bbc7b5b
@@ -149,7 +149,7 @@ def give_back(self:Attachment) -> None:
 @patch
 @contextmanager
 def with_optimizer(self:Attachment):
-    "With an optimizer for as long as the tensors are put right, where `load_learner` has left none"
+    "Make an optimizer while the tensors are put right, if `load_learner` left none"
     lacking = self.learn.opt is None and bool(self.point.fixed)
     try:
         if lacking: self.learn.create_opt()
@@ -159,10 +159,10 @@ def with_optimizer(self:Attachment):
 
 @patch
 def pass_on(self:Attachment,
-    going:Callback, # The callback that this is of
+    going:Callback, # The callback that this attachment belongs to
     remaining:Callback|None, # The one that will be in force
 ) -> None:
-    "Let `remaining` know what is known of the Learner; if there is none, give back what was there"
+    "Hand what is known of the Learner to `remaining`; if that is `None`, give back what was there"
     with self.with_optimizer() as has_opt:
         if remaining is not None: remaining.at.take_over(self)
         if self.learn.splitter == going.split: self.learn.splitter = self.splitter if remaining is None else remaining.split
@@ -170,7 +170,7 @@ def pass_on(self:Attachment,
 
 @patch
 def forget(self:Attachment) -> None:
-    "Believe the optimizer and the tensors alone from now on: somebody decides anew what is frozen"
+    "Go only by the optimizer and the tensors from now on: somebody decides again what is frozen"
     self.found = {}
     self.point.forget()
 

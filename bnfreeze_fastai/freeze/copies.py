@@ -18,7 +18,7 @@ def leave_a_copy(
     cb:Callback,
     learn:Learner|None, # The Learner that `cb` is given to; `None` if it is removed
 ) -> Callback|None: # The copy
-    "Leave a copy of `cb` in its place in the Learner that it has been in, if that still has it and `learn` is another one"
+    "Leave a copy of `cb` in its old Learner, if that still has it and `learn` is another one"
     old = cb.learn
     if learn is None or learn is old or not any(c is cb for c in old.cbs): return None
     left = copy(cb)

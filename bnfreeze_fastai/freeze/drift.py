@@ -22,7 +22,7 @@ from ..stats.distances import bn_drift, snapshot
 
 # %% ../../nbs/freeze/13_drift.ipynb #acc77200
 class BatchNormDrift(Callback):
-    "Record after each training epoch how far each layer's running statistics are from where they were before the first"
+    "Record after each training epoch how far each layer's running statistics are from where they started"
     start:dict[str, dict[str, Tensor]] # a snapshot from before the first epoch
     epochs:list[pd.DataFrame] # one of `bn_drift` after each
     _learn = None
@@ -38,7 +38,7 @@ class BatchNormDrift(Callback):
     def before_fit(self) -> None: self.waiting = self.waiting or not self.learn.lock.locked() # unless a validation calls itself a fit
 
     def before_train(self) -> None:
-        "Start with a fit, unless a former one has; after the model was replaced, start anew"
+        "Start the record with the first fit, and once more if the model was replaced"
         if not self.waiting: return
         self.waiting,self.recording,now = False,not hasattr(self.learn, 'lr_finder'),snapshot(self.learn.model)
         if self.recording and not self.start.keys() & now.keys(): self.start,self.epochs = now,[]

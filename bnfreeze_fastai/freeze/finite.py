@@ -19,7 +19,7 @@ from ..layers import stats_buffers, updates_stats
 
 # %% ../../nbs/freeze/04_finite.ipynb #9a51ffe1
 def _all_finite(tensors:list[Tensor]) -> bool:
-    "Whether no value is NaN or infinite; one look for each device"
+    "Whether no value is NaN or infinite; one check for each device"
     devices = {t.device for t in tensors}
     return all(torch.cat([t.detach().flatten() for t in tensors if t.device == d]).isfinite().all() for d in devices)
 
@@ -29,7 +29,7 @@ class FiniteStats:
         layers:Mapping[str, nn.Module], # Name to norm layer; those whose statistics do not move are left out
     ):
         self.layers = {n: l for n,l in layers.items() if updates_stats(l)}
-        self.kept,self.batches,self.spoilt = {},0,0 # `spoilt`: batches of which something was put back
+        self.kept,self.batches,self.spoilt = {},0,0 # `spoilt`: batches after which something was put back
 
     def keep(self) -> None:
         "Note the statistics before a batch"

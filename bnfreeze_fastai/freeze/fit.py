@@ -30,14 +30,14 @@ from ..utils.tensors import fingerprint
 
 # %% ../../nbs/freeze/08_fit.ipynb #1e775165
 class Fit:
-    "One fit of a Learner; only its first training epoch tells that it is one"
+    "One fit of a Learner; only when its first training epoch begins is it certain that it is one"
     def __init__(self,
         at:Attachment,
         stages:Stages, # Of the policy that is in force
         verify:bool, # Compare what is fixed after each epoch?
     ):
         self.at,self.stages,self.verify = at,stages,verify
-        self.flags = {p: (p.requires_grad, p.grad) for p in norm_params(at.learn.model)} # to be put back if it was no fit
+        self.flags = {p: (p.requires_grad, p.grad) for p in norm_params(at.learn.model)} # put back if it was no fit
         self.guard,self.frozen,self.others = None,at.point.look(at.groups(), at.learn.opt),None
         self.log:dict[float, tuple[int, int]] = {} # fraction of the fit to the epoch and batch in which its change came
         self.epoch,self.batch,self.n_batches = 0,0,1
@@ -67,7 +67,7 @@ class Fit:
         self.hold(modes)
 
     def guard_by(self, guard:Guard|None) -> None:
-        "Close the guard that there is, for `guard`"
+        "Close the present guard, and use `guard` from now on"
         if self.guard is not None and self.guard is not guard:
             self.guard.close()
             self.counts.update(spoilt=self.guard.finite.spoilt, batches=self.guard.finite.batches)
@@ -138,7 +138,7 @@ def start(self:Fit, stage:int) -> None:
 # %% ../../nbs/freeze/08_fit.ipynb #d4904275
 @patch
 def move(self:Fit, stage:int) -> set[nn.Parameter]:
-    "Go to `stage`; norm layers' parameters that are off, unless their layer's mode has changed by that"
+    "Go to `stage`; returns norm layers' parameters that are off, without those of layers whose mode has changed by that"
     off = {p for p in norm_params(self.at.learn.model) if not p.requires_grad}
     if stage == self.stages.now: return off
     before = self.modes()
@@ -157,7 +157,7 @@ def put_back(self:Fit) -> None:
 
 @patch
 def compare(self:Fit) -> list[str]: # Names of other buffers of the frozen part that moved
-    "See that nothing fixed has moved in the training part of an epoch, and tell what else came up in it"
+    "Check that nothing fixed has moved in the training part of an epoch, and warn of what else came up in it"
     if self.compared: return []
     self.compared = True
     self.guard.check()
@@ -170,7 +170,7 @@ def compare(self:Fit) -> list[str]: # Names of other buffers of the frozen part 
 
 @patch
 def compare_again(self:Fit) -> None:
-    "The epoch is over: see what was written after its training part"
+    "The epoch is over: check what was written after its training part"
     if self.guard is None or not self.compared or self.pending: return
     if not self.cancelled: self.guard.check()
     self.cancelled = False

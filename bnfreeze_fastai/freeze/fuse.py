@@ -46,7 +46,7 @@ class BatchNormFuse(Callback):
     def before_train(self) -> None: self._start()
 
     def before_batch(self) -> None:
-        "Look anew where a schedule fixes statistics in the midst of an epoch"
+        "Look again if a schedule has fixed statistics during the epoch"
         if self._fusion is not None and self.training and self._changes() != self._seen: self._start()
 
     def _changes(self) -> int: return len(getattr(active_callback(self.learn), 'schedule_log', ()))

@@ -60,7 +60,7 @@ def trained_now(
 
 def pretrained_norms(
     groups:Groups,
-    trained:Set[str]|None=None, # For one group: the layers whose statistics were trained at the start; as they are now if not given
+    trained:Set[str]|None=None, # For one group: the layers whose statistics were trained at the start; those trained now if not given
 ) -> list[str]: # Dotted names
     "The norm layers that came with the weights"
     if len(groups.lists) > 1: return [n for n,i in groups.by_layer.items() if i < len(groups.lists)-1]
@@ -80,7 +80,7 @@ def frozen_groups(
 def frozen_by_hand(
     groups:Groups,
     names:Iterable[str], # Of norm layers to look at
-) -> set[str]: # Those that somebody froze, with the layer beside them
+) -> set[str]: # Those that somebody froze together with the layer beside them
     "Which norm layers are frozen by what the tensors around them say"
     names,found = {*names},set()
     own = [[p.requires_grad for p in m.parameters(recurse=False) if p not in groups.of_norms] for m in groups.modules.values()]

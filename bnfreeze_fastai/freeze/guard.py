@@ -83,7 +83,7 @@ class Guard(ExitStack):
         verify:bool,
         before:Mapping[str, bytes], # Fingerprints taken earlier in the fit, which count for what was fixed then
     ) -> None:
-        "Note what is fixed, and what it is"
+        "Note what is fixed and, with `verify`, its fingerprints"
         self.model,self.fixed = model,fixed
         stats = [b for n,mode in self.modes.items() if not MODES[mode].updates_stats for b in stats_buffers(self.layers[n]).values()]
         keep = {*fixed.params, *stats} if verify else set()
@@ -94,7 +94,7 @@ class Guard(ExitStack):
         drop_grads(p for p in self.fixed.params if p in self.fixed.firm or not p.requires_grad)
 
     def moved(self) -> list[str]: # Names, of any rank
-        "What is fixed and yet not what it was"
+        "What is fixed, but has changed"
         if not self.prints: return []
         tensors = named_tensors(self.model)
         return all_ranks({n for n,old in self.prints.items() if n not in tensors or fingerprint(tensors[n]) != old}, self.model)
@@ -109,7 +109,7 @@ class Guard(ExitStack):
         raise RuntimeError(f"These tensors are fixed by the policy or the freeze point, but changed in the fit: {moved}. {why}")
 
     def told_in_eval(self) -> str|None: # None if there is nothing to tell
-        "What to say of layers whose statistics should have moved, but that ran in eval mode alone"
+        "What to say of layers whose statistics should have moved, but that only ran in eval mode"
         in_eval,_ = unheeded(self.holds)
         return told_in_eval([n for n,l in self.layers.items() if l in in_eval]) if in_eval else None
 
@@ -133,6 +133,6 @@ def _above(name:str) -> Iterable[str]:
 def look_moving(
     names:Iterable[str], # Of buffers
 ) -> list[str]:
-    "Those that by their names are running averages or the vectors of spectral norm"
+    "Those whose names say that they are running averages or the vectors of spectral norm"
     last = lambda n: n.rpartition('.')[2]
     return [n for n in names if 'running' in last(n) or last(n).endswith(('_u', '_v'))]

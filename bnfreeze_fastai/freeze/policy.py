@@ -74,7 +74,7 @@ def layer_modes(
     by_hand:Set[str]=frozenset(), # Norm layers of trained groups that somebody froze: they count as frozen
     trained:Set[str]|None=None, # As in `pretrained_norms`
 ) -> dict[str, str]: # Name of each norm layer to its mode
-    "What `policy` says for each norm layer; those frozen by construction are `'frozen'` whatever it says"
+    "What `policy` says for each norm layer; those frozen by construction are always `'frozen'`"
     kept = {*pretrained_norms(groups, trained)} if policy.throughout else frozenset()
     mode = lambda n,group: policy.mode(n, n in by_hand or bool(frozen) and frozen[group], n in kept)
     return {n: 'frozen' if n in groups.by_construction else mode(n, group) for n,group in groups.by_layer.items()}

@@ -31,7 +31,7 @@ class BatchNormSummary:
     def __init__(self,
         df:pd.DataFrame, # One row per norm layer
         title:str, # The policy and the freeze point in words
-        notes:Iterable[str]=(), # What is not as the freeze point and the policy would have it, a sentence each
+        notes:Iterable[str]=(), # What follows from neither the policy nor the freeze point, a sentence each
     ):
         self.df,self.title,self.notes = df,title,[*notes]
 
@@ -61,7 +61,7 @@ def _title(learn:Learner, cb:BatchNormFreeze|None) -> str:
     return '; '.join([*policy, f'{sum(frozen)} of {len(frozen)} parameter groups frozen'])
 
 def _notes(groups:Groups, cb:BatchNormFreeze|None) -> list[str]:
-    "Which rule decided where it was not the freeze point alone, and what no mode governs"
+    "Which rule decided, if it was not the freeze point alone, and what no mode governs"
     buffers = look_moving(other_buffers(groups.model))
     told = {'The optimizer does not know these, so they do not train (`learn.create_opt()`)': unknown_to_optimizer(groups),
             'Buffers of the frozen part that no mode governs': dict.fromkeys([*buffers, *([] if cb is None else cb.moving_buffers)])}
@@ -74,7 +74,7 @@ def _notes(groups:Groups, cb:BatchNormFreeze|None) -> list[str]:
     return [f"{what}: {', '.join(names)}." for what,names in ((what, [*names]) for what,names in told.items()) if names]
 
 def _shown_mode(layer:nn.Module, mode:str, known:set) -> str:
-    "`mode`, but for a half that cannot follow it: statistics that are switched off, weight and bias that the optimizer does not have"
+    "`mode`, except for a half that cannot follow it: statistics that are switched off, weight and bias that the optimizer lacks"
     (updates,trains),params = MODES[mode],affine_params(layer)
     if keeps_stats(layer): updates = updates and updates_stats(layer)
     if params and known.isdisjoint(params): trains = trains and any(p.requires_grad for p in params)

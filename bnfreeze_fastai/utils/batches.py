@@ -34,7 +34,7 @@ def check_batches(
     batches, # Anything
     name:str='batches', # Of the argument
 ) -> None:
-    "Raise `ValueError` for what cannot be a loader, or several; what it yields shows later"
+    "Raise `ValueError` for what cannot be a loader; its batches are checked later"
     wanted = 'a DataLoader, a list or another iterable of batches'
     if hasattr(batches, 'loaders'): raise wrong(name, batches, wanted, 'choose one of its loaders, such as `dls.train`')
     if isinstance(batches, Tensor): raise wrong(name, batches, wanted, 'give `[x]` for the single batch `x`')
@@ -44,11 +44,11 @@ def check_batches(
         raise wrong(name, batches, wanted)
 
 def check_passes(
-    batches, # To be gone through
-    n_batches:int|None, # At most so many
+    batches, # To go through
+    n_batches:int|None, # At most this many; all if not given
     n_inp:int|None, # Elements of a tuple that the model takes
 ) -> None:
-    "Raise `ValueError` if `batches` cannot be gone through so"
+    "Raise `ValueError` if a pass over `batches` with these settings is impossible"
     check_batches(batches)
     for name,n,all_of in (('n_batches', n_batches, 'all batches'), ('n_inp', n_inp, 'all elements but the last')):
         if n is not None and (not isinstance(n, Integral) or isinstance(n, bool) or n < 1):
@@ -87,7 +87,7 @@ def check_device(
 
 # %% ../../nbs/utils/03_batches.ipynb #e49d7969
 def memory_for(
-    max_mem:float|None, # Bytes that may be used; half of what is free if not given, and `ValueError` if no such number
+    max_mem:float|None, # Bytes that may be used; half of what is free if not given; anything but such a number raises `ValueError`
     device:str|torch.device='cpu', # Where
 ) -> float: # In bytes
     "How much memory may be used"
@@ -101,10 +101,10 @@ def memory_for(
 # %% ../../nbs/utils/03_batches.ipynb #140604c7
 def with_progress(
     batches:Iterable, # Anything to loop over
-    n_batches:int|None, # Stop after so many; all if not given
+    n_batches:int|None, # Stop after this many; all if not given
     show:bool, # Show a progress bar?
 ) -> Iterator:
-    "The first `n_batches` of `batches`, or all, with a progress bar; the length that a loader tells is for the bar alone"
+    "The first `n_batches` of `batches`, or all, with a progress bar; a loader's own length is used only for the bar"
     try: total = len(batches) if isinstance(batches, Sized) else None
     except TypeError: total = None # PyTorch's loader of an iterable dataset has a `__len__` that raises
     if n_batches is not None: total = n_batches if total is None else min(n_batches, total)
