@@ -52,6 +52,7 @@ def steps(model, n=3):
 
 
 class TestARecomputedPassIsNoNewBatch:
+    @pytest.mark.guarantee(9)
     @pytest.mark.parametrize('use_reentrant', [True, False])
     @pytest.mark.parametrize('nested', [False, True])
     @pytest.mark.parametrize('how,mode', [*(('hold', m) for m in MODES), *(('set', m) for m in MODES if m != 'train')])

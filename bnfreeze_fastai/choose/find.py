@@ -101,7 +101,7 @@ class Found(NamedTuple):
 def _check_model(trial:Learner):
     layers = norm_layers(trial.model)
     if not bn_layers(trial.model): raise ValueError("There is nothing to choose: the model has no batch norm.")
-    if any(keeps_stats(layers[n]) for n in pretrained_norms(trial.model, trial.opt.param_lists)): return
+    if any(keeps_stats(layers[n]) for n in pretrained_norms(Groups(trial.model, trial.opt.param_lists))): return
     raise ValueError("There is nothing to choose: no batch norm layer with running statistics came with pretrained weights. A new head's "
                      "statistics mean nothing yet, so it trains.")
 

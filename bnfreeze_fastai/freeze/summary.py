@@ -47,7 +47,8 @@ class BatchNormSummary:
         return '\n'.join([self.title, *([] if self.df.empty else [self._table().to_string(index=False)]), self._counts(), *self.notes])
     def _repr_html_(self) -> str:
         table = '' if self.df.empty else self._table().to_html(index=False, notebook=False, border=0)
-        return f'<p>{escape(self.title, quote=False)}</p>{table}<p>{self._counts()}</p>'
+        below = ''.join(f'<p>{escape(text, quote=False)}</p>' for text in [self._counts(), *self.notes])
+        return f'<p>{escape(self.title, quote=False)}</p>{table}{below}'
 
 # %% ../../nbs/freeze/11_summary.ipynb #0f18a6f2
 def _title(learn:Learner, cb:BatchNormFreeze|None) -> str:

@@ -16,7 +16,7 @@ import numpy as np, torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .tensors import plain_parts
+from .tensors import put_back
 
 # %% ../../nbs/utils/01_restore.ipynb #61f87407
 def _generators(loader, seen:tuple=()) -> list[tuple]: # (owner, attribute, generator)
@@ -67,14 +67,6 @@ def reseed(
         else: g.seed(seed)
 
 # %% ../../nbs/utils/01_restore.ipynb #e1898018
-def _put_back(b:Tensor, old:Tensor):
-    now,before = plain_parts(b),plain_parts(old)
-    if len(now) == len(before) and all(map(torch.equal, now, before)): return
-    if b.layout == torch.strided: b.copy_(old)
-    elif [p.shape for p in now] != [p.shape for p in before]: b.data = old # a sparse one may have more values now
-    else:
-        for part,old_part in zip(now, before): part.copy_(old_part)
-
 def copied_buffers(
     model:nn.Module, # Any model
 ) -> dict[int, Tensor]: # Id of each to its copy
@@ -95,8 +87,7 @@ def evaluating(
         model.train(flags[model])
         for m,flag in flags.items(): m.training = flag
         for m,own in registered.items(): m._buffers.update(own)
-        with torch.no_grad():
-            for b,old in buffers.items(): _put_back(b, old)
+        put_back(buffers)
 
 # %% ../../nbs/utils/01_restore.ipynb #cf178974
 @contextmanager

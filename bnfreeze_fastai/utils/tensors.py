@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['plain_parts', 'fingerprint', 'fingerprints']
+__all__ = ['plain_parts', 'fingerprint', 'fingerprints', 'put_back']
 
 # %% ../../nbs/utils/00_tensors.ipynb #4c3a0b37
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -46,9 +46,18 @@ def fingerprints(
     tensors:Iterable[Tensor], # Each as for `fingerprint`
 ) -> list[bytes]: # One for each
     "The fingerprints of all of them"
-    return [_digest(parts) for parts in [plain_parts(t) for t in tensors]]
+    return [fingerprint(t) for t in tensors]
 
-def _digest(parts:list[Tensor]) -> bytes:
-    digest = xxh3_128()
-    for part in parts: digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.digest()
+# %% ../../nbs/utils/00_tensors.ipynb #306fc157
+@torch.no_grad()
+def put_back(
+    values:Mapping[Tensor, Tensor], # Each tensor to a copy of it from before
+) -> None:
+    "Give tensors of any sort the values that they had"
+    for b,old in values.items():
+        now,before = plain_parts(b),plain_parts(old)
+        if len(now) == len(before) and all(map(torch.equal, now, before)): continue
+        if b.layout == torch.strided: b.copy_(old)
+        elif [p.shape for p in now] != [p.shape for p in before]: b.data = old # a sparse one may have more values now
+        else:
+            for part,old_part in zip(now, before): part.copy_(old_part)

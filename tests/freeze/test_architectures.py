@@ -23,6 +23,7 @@ def loss(out, y):
     return F.cross_entropy(out.mean((2, 3)) if out.ndim == 4 else out, y)
 
 
+@pytest.mark.guarantee(1)
 @pytest.mark.parametrize('name', ARCHS)
 def test_architecture(name):
     model, split = ARCHS[name]()

@@ -117,6 +117,7 @@ class Recording(Callback):
         self.seen.append(self.body.moved())
 
 
+@pytest.mark.guarantee(3)
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('opt', OPTIMIZERS)
 def test_default_splitter_keeps_every_parameter_through_create_opt_and_export(mode, opt):
@@ -146,6 +147,7 @@ def test_parameters_frozen_by_hand_before_are_left_out_as_ever():
 # Removing, replacing, copying
 
 
+@pytest.mark.guarantee(4)
 @pytest.mark.parametrize('train_bn', [True, False])
 @pytest.mark.parametrize('n', [0, 1])
 def test_removing_restores_what_fastai_would_have_set(train_bn, n):
@@ -163,6 +165,7 @@ def test_removing_restores_what_fastai_would_have_set(train_bn, n):
         assert 'stats' in body.moved()
 
 
+@pytest.mark.guarantee(6)
 @pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
 def test_a_callback_given_to_fit_wins_and_leaves(error):
     learn = trained().freeze_to_bn(-1)
@@ -182,6 +185,7 @@ def test_a_callback_given_to_fit_wins_and_leaves(error):
     assert body.moved() == set()
 
 
+@pytest.mark.guarantee(4)
 def test_removing_after_an_interrupt_lets_go():
     def fail(learn):
         raise KeyboardInterrupt
@@ -196,6 +200,7 @@ def test_removing_after_an_interrupt_lets_go():
     assert body.moved() == {'stats'}
 
 
+@pytest.mark.guarantee(4)
 def test_copies_taken_in_a_fit_hold_nothing():
     copies = []
 
@@ -222,6 +227,7 @@ def test_outside_a_fit_the_model_is_free():
     assert body.moved() == {'stats'}
 
 
+@pytest.mark.guarantee(2)
 def test_validation_is_untouched():
     learn, plain = trained().freeze_to_bn(-1), trained()
     plain.freeze()
@@ -249,6 +255,7 @@ def write(tensor):
     return lambda learn: tensor(learn.model).data.add_(1e-3)
 
 
+@pytest.mark.guarantee(5)
 @pytest.mark.parametrize(
     'name,tensor',
     {
@@ -283,6 +290,7 @@ def test_changes_of_what_may_move_are_none_of_its_business():
     learn.fit(1, cbs=At('after_batch', write(lambda m: m[0][1].running_mean)))
 
 
+@pytest.mark.guarantee(5)
 def test_cancelled_epochs_and_fits_are_verified_too():
     from fastai.callback.core import CancelEpochException, CancelFitException
 
@@ -296,6 +304,7 @@ def test_cancelled_epochs_and_fits_are_verified_too():
             trained().freeze_to_bn(-1).fit(1, cbs=At('after_batch', spoil))
 
 
+@pytest.mark.guarantee(5)
 def test_an_averaging_callback_may_swap_weights():
     class Swap(Callback):
         "Validates with noise in place of the weights, as an average would stand there"
@@ -326,6 +335,7 @@ def test_an_averaging_callback_may_swap_weights():
 # Company
 
 
+@pytest.mark.guarantee(6)
 def test_fastais_own_callback_beside_it_is_warned_of():
     learn = trained(cbs=BnFreeze()).freeze_to_bn(-1)
     with pytest.warns(UserWarning, match='BnFreeze'):

@@ -59,6 +59,7 @@ def export(learn):
 REMAKES = dict(create=lambda l: l.create_opt(), reset=lambda l: l.fit(1, reset_opt=True), export=export)
 
 
+@pytest.mark.guarantee(3)
 @pytest.mark.parametrize('remake', REMAKES.values(), ids=REMAKES)
 def test_norm_layers_in_a_group_of_their_own_stay_frozen_when_the_optimizer_is_made_anew(remake):
     learn = trained(splitter=three_by_kind, cbs=BatchNormFreeze())
@@ -144,6 +145,7 @@ def test_a_bias_left_out_of_the_optimizer_does_not_free_its_weight():
     assert same(before, model[0][1].parameters())
 
 
+@pytest.mark.guarantee(1)
 @pytest.mark.parametrize('rule', [{'0.1': 'frozen', '0.4': 'train'}, {'0.1': 'train', '0.4': 'frozen'}])
 def test_a_tied_weight_is_fixed_if_either_layer_fixes_it(rule):
     model = body_and_head()
@@ -324,6 +326,7 @@ def test_flags_in_a_fit_are_what_train_and_eval_said():
 # Compiled models
 
 
+@pytest.mark.guarantee(2)
 @pytest.mark.parametrize('first', ['train', 'stats-only'])
 @pytest.mark.parametrize('compiled', ['whole', 'in place', 'part'])
 def test_train_calls_on_a_compiled_model(first, compiled):
@@ -360,6 +363,7 @@ def test_train_calls_on_a_compiled_model(first, compiled):
 # Verification
 
 
+@pytest.mark.guarantee(2)
 def test_a_nested_validation_does_not_end_it():
     class ValidatesThenWrites(Callback):
         def after_batch(self):

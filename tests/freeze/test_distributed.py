@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.guarantee(3)
 @pytest.mark.parametrize('script', ['distributed_script.py', 'distrib_ctx_script.py'])
 def test_two_processes(script):
     cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(Path(__file__).parent / script)]

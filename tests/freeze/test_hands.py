@@ -212,7 +212,8 @@ class TestBuffersThatNoModeGoverns:
     def test_named_in_the_summary_and_once_in_a_fit(self, make, name):
         model = nn.Sequential(make(), body_and_head()[1])
         learn = trained(model=model).freeze_to_bn(-1)
-        assert f'{name}' in repr(learn.bn_summary()) and 'no mode governs' in repr(learn.bn_summary())
+        for shown in (repr(learn.bn_summary()), learn.bn_summary()._repr_html_()):
+            assert name in shown and 'no mode governs' in shown
         texts = told(lambda: learn.fit(2)) + told(lambda: learn.fit(1))
         assert len([t for t in texts if name in t and 'no mode governs' in t]) == 1 == len(texts)
 
@@ -241,6 +242,7 @@ class TestVerifyLooksToTheEnd:
             learn.fit(epochs, cbs=Writes())
         learn.fit(1)
 
+    @pytest.mark.guarantee(10)
     def test_a_tool_that_reestimates_statistics_after_a_fit_works(self):
         class Swa(Callback):
             def after_fit(self):
@@ -251,6 +253,7 @@ class TestVerifyLooksToTheEnd:
         learn.fit(1, cbs=Swa())
         assert all(l.num_batches_tracked == 3 and l.running_mean.any() for l in bn_layers(learn.model))
 
+    @pytest.mark.guarantee(10)
     def test_within_a_fit_it_raises_before_anything_is_lost(self):
         class Swa(Callback):
             def after_epoch(self):
@@ -311,6 +314,7 @@ class Spoils(Callback):
 
 
 class TestNoPoison:
+    @pytest.mark.guarantee(8)
     @pytest.mark.parametrize('value', [float('inf'), float('nan'), 3e38])
     @pytest.mark.parametrize('mode', ['train', 'stats-only'])
     @pytest.mark.parametrize('at', [[(0, 1)], [(0, 0), (0, 2), (1, 1)]])
@@ -324,6 +328,7 @@ class TestNoPoison:
         assert all(b.isfinite().all() for b in learn.model.buffers()) and torch.isfinite(torch.tensor(learn.validate()[0]))
         assert {int(norm_layers(learn.model)[n].num_batches_tracked) for n in reached} == {3 + 6 - len(at)}
 
+    @pytest.mark.guarantee(8)
     def test_statistics_that_are_nan_already_are_named_when_they_are_held(self):
         learn = trained()
         learn.model[0][4].running_var[1] = float('nan')
@@ -373,6 +378,7 @@ class TestOneCallbackInTwoLearners:
 
 
 class TestCheckpointing:
+    @pytest.mark.guarantee(9)
     @pytest.mark.parametrize('use_reentrant', [True, False])
     @pytest.mark.parametrize('mode', MODES)
     def test_a_fit_equals_the_one_without(self, mode, use_reentrant):

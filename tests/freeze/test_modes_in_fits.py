@@ -141,6 +141,7 @@ EVENTS = dict(
 )
 
 
+@pytest.mark.guarantee(1)
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('event', EVENTS)
 @pytest.mark.parametrize('opt', OPTIMIZERS)

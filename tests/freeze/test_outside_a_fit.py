@@ -138,6 +138,7 @@ def unequal(before, after):
     return [k for k in before if not equal(before[k], after[k])]
 
 
+@pytest.mark.guarantee(7)
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('policy', POLICIES)
 @pytest.mark.parametrize('state', STATES)
@@ -156,6 +157,7 @@ def test_nothing_changes(state, policy, way):
     assert unequal(before, after) == []
 
 
+@pytest.mark.guarantee(7)
 @pytest.mark.parametrize('way', ['tta', 'validate', 'get_preds', 'inner'])
 def test_results_are_those_without_the_callback(way):
     learn = fitted(BatchNormFreeze)
