@@ -1,6 +1,6 @@
 """Set running statistics to those of your data, exactly
 
-Set the running statistics of a network to those of your data, exactly: `recalibrate_bn` does so for good or for one block. `convert_bn` does so without changing what the network computes.
+Make the stored statistics fit your data: `recalibrate_bn` does so for good or for one block, `convert_bn` without changing what the network computes.
 
 Running statistics are an exponential average over the last batches of training. What came before the last few dozen has faded. After a change of data, the average lags behind."""
 
