@@ -12,8 +12,8 @@ Modules:
 - `bnfreeze_fastai.head.precompute`: Train the head at the speed of the head: run the frozen part once
 - `bnfreeze_fastai.learner`: Freezing with a policy, and running statistics, as methods of every Learner
 - `bnfreeze_fastai.stats.distances`: How far running statistics, weight and bias have moved since a snapshot
-- `bnfreeze_fastai.stats.recalibrate`: Running statistics set to those of given data, exactly
-- `bnfreeze_fastai.stats.shift`: How foreign data is to a network, layer by layer, before anything is trained"""
+- `bnfreeze_fastai.stats.recalibrate`: Set running statistics to those of your data, exactly
+- `bnfreeze_fastai.stats.shift`: How foreign your data is to a network, layer by layer, before any training"""
 
 __version__ = "0.1.0"
 

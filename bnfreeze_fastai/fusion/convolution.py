@@ -47,10 +47,10 @@ class Operation(NamedTuple):
 
     def gradients(self,
         dy:Tensor, # Of the output
-        x:Tensor, # As in the call; not read unless `needed` says that of the kernel
-        kernel:Tensor, # The same, for that of `x`
-        needed:list[bool], # Of `x`, of the kernel, of the bias
-    ) -> list[Tensor|None]: # What was needed
+        x:Tensor, # As in the call; read only if the gradient of the kernel is needed
+        kernel:Tensor, # As in the call; read only if the gradient of `x` is needed
+        needed:list[bool], # Whether the gradient of `x`, of the kernel, of the bias is needed
+    ) -> list[Tensor|None]: # The gradients of `x`, of the kernel, of the bias; None for one that is not needed
         "The gradients of a call, themselves differentiable"
         if self.stride: return torch.ops.aten.convolution_backward(dy, x, kernel, [dy.shape[1]], *self, needed)
         of_linear = lambda: dy @ kernel, lambda: dy.T @ x, lambda: dy.sum(0)

@@ -1,10 +1,12 @@
 """Train through fixed statistics at the cost of a convolution
 
-Fine-tuning on the pretrained statistics (the modes `'affine-only'` and `'frozen'` above the freeze point) makes batch norm a linear map of each channel, which the convolution before it can do in its own kernel. `fused_bn` lets a model run so: no activation between the two is computed, or kept for the backward pass.
+Fine-tune on the pretrained statistics with larger batches or images in the same memory:
 
 ```python
 with fused_bn(model): train(model)
 ```
+
+In the modes `'affine-only'` and `'frozen'`, batch norm is a linear map of each channel. The convolution before it can do that map in its own kernel. `fused_bn` makes it do so. Then no activation between the two is computed, or kept for the backward pass.
 
 The model stays what it is: its modules, their types, parameters, buffers, `state_dict`, the optimizer. With a Learner, `learn.fuse_bn()` does this in every fit."""
 
@@ -53,13 +55,13 @@ class _Site(Temporary):
         with _Deferring(self.uses) if self.defers else nullcontext(): return type(self.conv).forward(self.conv, *args, **kwargs)
 
     def settle(self):
-        "Leave the convolution alone from now on if something other than batch norm has used its output, and that is over"
+        "Leave the convolution alone from now on if something other than batch norm used its output and the backward pass is over"
         in_backward = torch._C._current_graph_task_id() != -1 # in which checkpointing repeats what was done
         if self.defers and self.uses.looked_at and self.uses.had_backward and not in_backward: self.defers = False
 
 # %% ../../nbs/fusion/02_fuse.ipynb #846f52d3
 class Fusion(Temporary):
-    "Which convolutions of a model run as one with batch norm"
+    "Which convolutions of a model run as one with the batch norm after them"
     def __init__(self, model:nn.Module):
         names = {l.running_mean: n for n,l in norm_layers(model).items() if keeps_stats(l)}
         sizes = {len(mean) for mean in names if not is_lazy(mean)}
@@ -93,7 +95,7 @@ def refuse_fusion(
 @contextmanager
 def fused_bn(
     model:nn.Module, # Any model, wrapped or not; one that was compiled, or spread by `DataParallel`, raises `ValueError`
-) -> Iterator[Fusion]: # Its `pairs` tell what was fused
+) -> Iterator[Fusion]: # Its `pairs` show what was fused
     "Run each convolution and the batch norm on fixed statistics after it as one, in forward and backward passes inside the block"
     refuse_fusion(model)
     fusion = Fusion(model)

@@ -56,7 +56,7 @@ class _Pass(NamedTuple):
             yield inputs
 
 def _planned(way:_Pass, team:OneByOne, batches:Iterator[tuple]) -> tuple[list, Plan]:
-    "The first batch, if there is any, and what looks at those of all ranks tell"
+    "The first batch, if there is any, and the plan from the looks at those of all ranks"
     first = []
     def seen():
         first.extend(islice(batches, 1))
@@ -127,12 +127,12 @@ def observe_in_step(
     model:nn.Module, # Wrapped or not
     batches:Iterable, # Tensors, or tuples with the model's inputs first
     team:OneByOne, # Measures the layers
-    n_batches:int|None=None, # Stop after so many
+    n_batches:int|None=None, # How many batches to use; all if not given
     n_inp:int|None=None, # How many elements of a tuple the model takes; all but the last if not given
     progress:bool=True, # Show a progress bar?
     max_mem:float|None=None, # Bytes for what the batches keep, half of what is free if not given
 ) -> tuple[dict[str, Moments], int]: # What each layer saw, by name, and the number of batches, over all ranks
-    "As `observe`, in about one forward pass where all batches go the same way"
+    "Like `observe`, in about one forward pass where all batches go the same way"
     check_passes(batches, n_batches, n_inp)
     way = _Pass(model, named_modules(model)[''], batches, n_batches, n_inp, progress and this_rank() == 0, max_mem)
     try: return _in_step(way, team)

@@ -82,7 +82,7 @@ def _why_unmeasured(names:Iterable[str], used:set[str], empty:set[str]) -> list[
 def stored_stats(
     model:nn.Module, # Any model
 ) -> dict[str, dict[str, Tensor]]: # A snapshot
-    "What is stored now; in a distributed run, where each rank may have other statistics, by rank 0"
+    "What is stored now; in a distributed run, what rank 0 has stored, as ranks may differ"
     return gathered(snapshot(model), model)[0]
 
 class Measured(NamedTuple):
@@ -94,9 +94,9 @@ class Measured(NamedTuple):
 def measure(
     model:nn.Module, # Any model
     batches:Iterable, # Tensors, or tuples with the model's inputs first; none at all raises `ValueError`
-    chosen:Mapping[str, nn.Module], # Layers by name; if none can be measured, or one has a single value, `ValueError`
-    observer:Callable[[Mapping[Tensor, str]], Observer], # Makes what watches them
-    n_batches:int|None=None, # Look at so many; all if not given
+    chosen:Mapping[str, nn.Module], # Layers by name; `ValueError` if none can be measured, or if one has a single value per channel
+    observer:Callable[[Mapping[Tensor, str]], Observer], # Makes the observer from the names by `running_mean`
+    n_batches:int|None=None, # How many batches to look at; all if not given
     n_inp:int|None=None, # How many elements of a tuple the model takes; all but the last if not given
     progress:bool=True, # Show a progress bar?
     max_mem:float|None=None, # Bytes that `OneByOne` may keep for its batches, half of what is free if not given

@@ -55,7 +55,7 @@ class Observer(TorchFunctionMode):
     def __init__(self,
         names:Mapping[Tensor, str], # The `running_mean` of each layer to measure, and the layer's name
         settle:Settle=of_the_data, # What a layer normalises with once its moments are known
-        keep_var:bool=False, # Whether the layers keep their variance
+        keep_var:bool=False, # Whether the layers keep their stored variance
     ):
         super().__init__()
         self.names,self.settle,self.keep_var,self.seen = names,settle,keep_var,[]
@@ -97,10 +97,10 @@ class Observer(TorchFunctionMode):
         with self: model(*inputs)
         return self.seen
 
-    def check(self, batches:Iterable): "Raise `ValueError` if the batches do not allow for the passes that it takes"
+    def check(self, batches:Iterable): "Raise `ValueError` if the batches do not allow as many passes as it takes"
 
     def passes_left(self, found:Mapping[str, Moments], count:int, paths:Iterable[tuple[str, ...]]) -> int:
-        "How often the data is needed again, now that `found` over `count` batches is known, and the `paths` of all ranks"
+        "How many more passes it needs, now that `found` over `count` batches is known, and the `paths` of all ranks"
         return 0
 
 # %% ../../nbs/stats/01_observe.ipynb #4d60fdc1
@@ -167,13 +167,13 @@ def undisturbed(
 # %% ../../nbs/stats/01_observe.ipynb #82104fea
 def observe(
     model:nn.Module, # Wrapped or not
-    batches:Iterable, # Tensors, or tuples with the model's inputs first; gone through anew for each pass
+    batches:Iterable, # Tensors, or tuples with the model's inputs first; gone through again in each pass
     observer:Observer,
-    n_batches:int|None=None, # Stop after so many in each pass
+    n_batches:int|None=None, # How many batches to use in each pass; all if not given
     n_inp:int|None=None, # How many elements of a tuple the model takes; all but the last if not given
     progress:bool=True, # Show a progress bar?
 ) -> tuple[dict[str, Moments], int]: # What each layer saw, by name, and the number of batches, over all ranks
-    "Run `model` over `batches`, in as many passes as `observer` wants"
+    "Run `model` over `batches`, in as many passes as `observer` needs"
     check_passes(batches, n_batches, n_inp)
     observer.check(batches)
     root,show = named_modules(model)[''],progress and this_rank() == 0

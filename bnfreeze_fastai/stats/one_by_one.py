@@ -32,7 +32,7 @@ class _Enough(Exception):
     "Ends a forward pass"
 
 def refuse_iterator(
-    batches:Iterable, # To be gone through once for each layer
+    batches:Iterable, # Needed once for each layer
     why:str='', # In words
 ) -> None:
     "Raise `ValueError` if `batches` can be gone through once only"

@@ -31,7 +31,7 @@ class _At(NamedTuple):
     call:dict # Its arguments by name
 
 class _Astray(NamedTuple):
-    "Has reached a layer otherwise than the first samples did"
+    "Has reached a layer in another way than the first samples did"
     name:str
 
 class Walk(Observer):
@@ -56,7 +56,7 @@ class Walk(Observer):
     def run(self, func:Callable, *args, **kwargs): return self.turns.call(func, *args, **kwargs)
 
     def wait(self, func:Callable, call:dict, name:str):
-        "Wait at a layer that is not known, for good if it is not reached as planned"
+        "Wait at a layer that is not known yet; for good if the batch does not reach it as planned"
         self.calls[name] += 1
         place = self.plan.order.index(name) if name in self.plan.order else -1
         if self.calls[name] > self.plan.calls[name] or self.calls[name] == 1 and place <= self.place: self.turns.ask(_Astray(name))
@@ -128,7 +128,7 @@ def _check_alone(walk:Walk):
 
 # %% ../../nbs/stats/05_walks.ipynb #cad51599
 class Walks:
-    "The walks of all batches, begun when they are first sent on; on leaving, no thread is left"
+    "The walks of all batches, begun when first sent on; after the block, no thread is left"
     def __init__(self,
         root:nn.Module, # In evaluation mode
         batches:Iterator[tuple], # Inputs of the model
