@@ -1,6 +1,6 @@
 """Freeze with a policy, and work on running statistics, by methods of every Learner
 
-Import the package, and every Learner can hold its batch norm by a policy, show what each norm layer does, re-estimate running statistics, and train its head without running the frozen body in each epoch.
+After `from bnfreeze_fastai.all import *`, every Learner can hold its batch norm by a policy, show what each norm layer does, re-estimate running statistics, and train its head without running the frozen body in each epoch.
 
 Each method is a thin layer over the callback, the policy or the statistics."""
 
