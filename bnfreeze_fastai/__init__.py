@@ -10,7 +10,7 @@ Modules:
 - `bnfreeze_fastai.freeze.callback`: The callback that keeps a batch norm policy in every fit
 - `bnfreeze_fastai.fusion.fuse`: Train through fixed statistics at the cost of a convolution
 - `bnfreeze_fastai.head.precompute`: Train the head at the speed of the head: run the frozen part once
-- `bnfreeze_fastai.learner`: Freezing with a policy, and running statistics, as methods of every Learner
+- `bnfreeze_fastai.learner`: Freeze with a policy, and work on running statistics, by methods of every Learner
 - `bnfreeze_fastai.stats.distances`: How far running statistics, weight and bias have moved since a snapshot
 - `bnfreeze_fastai.stats.recalibrate`: Set running statistics to those of your data, exactly
 - `bnfreeze_fastai.stats.shift`: How foreign your data is to a network, layer by layer, before any training"""

@@ -27,7 +27,7 @@ from .utils.restore import reseed
 # %% ../nbs/06_digits.ipynb #69ced6f5
 def digit_images(
     digits:range, # Which digits
-) -> tuple[Tensor, Tensor]: # Grey images of shape (n, 1, 16, 16) in 0 to 1, and labels from 0 of shape (n,)
+) -> tuple[Tensor, Tensor]: # Grey images of shape (n, 1, 16, 16) with values 0 to 1, and labels from 0, of shape (n,)
     "scikit-learn's handwritten digits"
     x,y = load_digits(return_X_y=True)
     keep = np.isin(y, digits)
@@ -39,7 +39,7 @@ def colour(
     x:Tensor, # Grey images of shape (n, 1, h, w), ink 1 on paper 0
     seed:int=0, # Of the colours
 ) -> Tensor: # Images of shape (n, 3, h, w)
-    "Give each image warm light paper and dark ink, at random"
+    "Give each image warm, light paper and dark ink of random colours"
     g = torch.Generator().manual_seed(seed)
     paper = torch.tensor([1., 0.8, 0.5])*(0.6+0.4*torch.rand(len(x), 3, generator=g))
     ink = 0.4*torch.rand(len(x), 3, generator=g)
@@ -73,7 +73,7 @@ def small_resnet(
 
 # %% ../nbs/06_digits.ipynb #6ec3b200
 class ValidateLast(Callback):
-    "Validate after the last epoch of a fit only"
+    "Validate only after the last epoch of a fit"
     def before_validate(self) -> None:
         if self.epoch < self.n_epoch-1: raise CancelValidException()
 
@@ -85,9 +85,9 @@ def _learner(dls:DataLoaders, model:nn.Module) -> Learner:
 # %% ../nbs/06_digits.ipynb #ea159540
 def pretrain(
     n_epoch:int=5, # Epochs on the source task
-    build:Callable[[], nn.Module]=small_resnet, # Makes the network, body and head, for 5 classes
+    build:Callable[[], nn.Module]=small_resnet, # Makes the network, with body and head, for 5 classes
 ) -> tuple[nn.Module, float]: # Network, and its accuracy on a held-out fifth
-    "Train a network on the source task: grey digits 0 to 4; draws its random numbers from seed 0"
+    "Train a network on the source task, grey digits 0 to 4, with random numbers from seed 0"
     reseed(0)
     x,y = digit_images(range(5))
     dls = _dataloaders(x.expand(-1, 3, -1, -1), y, torch.randperm(len(x))[:len(x)*4//5], 64)
@@ -101,10 +101,10 @@ def _new_head(m:nn.Module):
 
 def digit_learner(
     pretrained:nn.Module, # Network from `pretrain`; it stays as it is
-    seed:int, # Of the new head, the choice of training images and their order
+    seed:int, # For the new head, the choice of training images and their order
     n_images:int=100, # Training images, from `bs` up to 895
     bs:int=16, # Batch size
-    recolour:Callable[[Tensor], Tensor]=colour, # From grey images of shape (n, 1, 16, 16) to those of the new task, with 3 channels
+    recolour:Callable[[Tensor], Tensor]=colour, # Makes the images of the new task, with 3 channels, from grey ones of shape (n, 1, 16, 16)
 ) -> Learner: # Two parameter groups: body and head
     "A Learner for coloured digits 5 to 9, on the pretrained body with a new head"
     reseed(seed)

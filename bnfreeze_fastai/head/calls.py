@@ -15,15 +15,15 @@ from ..utils.restore import evaluating
 
 # %% ../../nbs/head/00_calls.ipynb #ee682d15
 class Call:
-    "A module called in a forward pass, and the calls inside"
+    "One call of a module in a forward pass, and the calls inside it"
     def __init__(self, module:nn.Module|None=None, args:tuple=(), kwargs:dict|None=None):
         self.module,self.args,self.kwargs,self.inner,self.output,self.kept = module,args,kwargs,[],None,None
 
 # %% ../../nbs/head/00_calls.ipynb #95f3f112
 def call_of(
-    model:nn.Module, # Any model, run in the mode that it is in
+    model:nn.Module, # Any model; it keeps its mode
     x:Tensor, # Its input
-    keep:nn.Module|None=None, # Copy what this one gives, as a later module may write to it
+    keep:nn.Module|None=None, # Copy the output of this one, as a later module may write to it
 ) -> Call: # That of `model`
     "Run `model` on `x`, and note which module called which with what"
     stack = [Call()]

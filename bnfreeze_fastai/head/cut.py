@@ -24,8 +24,8 @@ from ..utils.restore import evaluating, kept_rng
 # %% ../../nbs/head/01_cut.ipynb #62f4c985
 def links(
     call:Call, # Of any module
-) -> list[Call]: # Empty if that module does more, as with a skip connection, or has no calls inside
-    "The calls inside `call`, if they do no more than hand its input on from one to the next"
+) -> list[Call]: # Empty if that module does more (a skip connection, say) or has no calls inside
+    "The calls inside `call`, if they only hand its input on from one to the next"
     x = call.args[0] if call.args else None
     for link in call.inner:
         if link.kwargs or len(link.args) != 1 or link.args[0] is not x: return []
@@ -36,9 +36,9 @@ def links(
 _RATES = ('p', 'drop_prob', 'drop_rate', 'prob', 'dropout', 'weight_p', 'embed_p')
 
 def is_random(
-    layer:nn.Module, # Any module, looked at without its children
+    layer:nn.Module, # Any module; its children do not count
 ) -> bool:
-    "Whether `layer` is known to be random in training mode: dropout or stochastic depth with a rate above 0, and the like"
+    "Whether `layer` is known to be random in training mode: dropout, stochastic depth and the like, with a rate above 0"
     if isinstance(layer, (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)): return True
     drops = any(word in type(layer).__name__.lower() for word in ('dropout', 'droppath', 'dropblock', 'stochasticdepth'))
     if not drops and not isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)): return False
@@ -48,7 +48,7 @@ def is_random(
 # %% ../../nbs/head/01_cut.ipynb #9be096ce
 def random_layers(
     model:nn.Module, # Any model
-    within:list[nn.Module]|None=None, # Look only inside these modules of it
+    within:list[nn.Module]|None=None, # Look only inside these modules of the model
 ) -> list[str]: # Dotted names with types, such as `1.2 (Dropout)`
     "The layers of `model` that are known to be random in training mode"
     inside = set(model.modules()) if within is None else {m for w in within for m in w.modules()}
@@ -57,13 +57,13 @@ def random_layers(
 # %% ../../nbs/head/01_cut.ipynb #6dcaa62b
 class Cut(NamedTuple):
     "A place in a model"
-    before:list[nn.Module] # Modules in front of it, as large as they come, to be called one after the other
-    after:dict[nn.Module, list[nn.Module]] # Each module that the cut goes through, outermost first, to what remains to be called of it
+    before:list[nn.Module] # Modules in front of it, outermost ones where possible, called one after the other
+    after:dict[nn.Module, list[nn.Module]] # Each module that the cut goes through, outermost first, to what is still to be called of it
 
     def features(self,
         x:Tensor, # Input of the model
     ) -> Tensor: # What reaches the cut
-        "Run what comes before the cut, in whatever mode it is in"
+        "Run what comes before the cut, in its present mode"
         for m in self.before: x = m(x)
         return x
 
@@ -72,12 +72,12 @@ def holds_any(
     module:nn.Module,
     things:set, # Of parameters and modules
 ) -> bool:
-    "Whether `module` or one inside it is among `things`, or has a parameter that is"
+    "Whether `things` has `module`, a module inside it, or one of its parameters"
     return any(o in things for o in (*module.parameters(), *module.modules()))
 
 # %% ../../nbs/head/01_cut.ipynb #10d432ef
 class _Step(NamedTuple):
-    "A link of the chain in front of the first that trains, and where it is: for each module around it, that one's links and which it is"
+    "A link before the first that trains, and where it is: for each module around it, the links of that one and the position"
     call:Call
     place:tuple[tuple[nn.Module, list[Call], int], ...]
 
@@ -94,7 +94,7 @@ def _steps(call:Call, trained:set, place:tuple=()) -> tuple[list[_Step], Call|No
 
 # %% ../../nbs/head/01_cut.ipynb #a8d905fb
 def _repeats(call:Call) -> bool:
-    "Whether a layer without parameters gives a sample the same twice in training mode, alone as in a batch, and keeps no state"
+    "Whether a layer without parameters gives the same twice in training mode, alone as in a batch, and keeps no state"
     layer,x = call.module,call.args[0]
     if any(map(is_random, layer.modules())): return False
     layer.train()
@@ -103,12 +103,12 @@ def _repeats(call:Call) -> bool:
     return state == fingerprints(layer.buffers()) and torch.equal(once, again) and torch.allclose(once[:1], alone)
 
 def _first_that_repeat(calls:list[Call]) -> int:
-    "How many of `calls` there are before one that does not repeat"
+    "How many of `calls` come before the first that does not repeat"
     with evaluating(nn.ModuleList(c.module for c in calls)), kept_rng(): return len(list(takewhile(_repeats, calls)))
 
 def describe(
     module:nn.Module,
-    model:nn.Module, # That it is a part of
+    model:nn.Module, # The model that it is a part of
 ) -> str: # Such as `Sequential at '1'`
     "The type and the name of `module`"
     name = next(n for n,m in named_modules(model).items() if m is module)
@@ -120,7 +120,7 @@ def cut_of(
     frozen:set, # Parameters and norm layers of the frozen part
     trained:set, # Those of the trained part
 ) -> Cut:
-    "Where the frozen part ends; `ValueError` if the model cannot be cut there, or if a layer before it is random"
+    "Where the frozen part ends; `ValueError` if the model cannot be cut there, or if a layer before the cut is random"
     root,(steps,stop) = call.module,_steps(call, trained)
     if stop is None: raise ValueError("No module of the model trains: freeze to an earlier point, as by `learn.freeze_to_bn(-1)`.")
     if holds_any(stop.module, frozen): _refuse(stop, root)

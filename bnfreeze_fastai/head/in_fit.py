@@ -36,7 +36,7 @@ def as_in_fit(
 
 # %% ../../nbs/head/08_in_fit.ipynb #e31d017f
 class _AsInFit:
-    "A data loader of such batches"
+    "A loader whose batches are as in a fit"
     def __init__(self, dl, device): self.dl,self.device = dl,device
     def __len__(self): return len(self.dl)
     def __iter__(self): return (as_in_fit(b, self.device) for b in self.dl)
@@ -45,8 +45,8 @@ def batches_of(
     learn:Learner, # Its model moves to the device of the data, as in a fit
     ds_idx:int, # Dataset to take batches from
     dl:Iterable|None, # Loader to take them from instead
-) -> dict[str, Any]: # `batches`, `n_inp` and `progress`, as `recalibrate_bn` and `bn_shift` take them
-    "The batches meant, and how to take them; `ValueError` for a dataset that is not there, or for no loader"
+) -> dict[str, Any]: # The arguments `batches`, `n_inp` and `progress` of `recalibrate_bn` and `bn_shift`
+    "The batches, and how to take them; `ValueError` if there is no such dataset, or `dl` is no loader"
     n = len(getattr(learn.dls, 'loaders', []))
     if dl is not None: check_batches(dl, 'dl')
     else:

@@ -21,7 +21,7 @@ from torch import Tensor
 def leaves(
     batch, # Tensors and other values, in tuples, lists and dicts
 ) -> Iterator:
-    "What is in `batch`, however nested"
+    "The tensors and other values in `batch`, however nested"
     if isinstance(batch, Mapping): batch = tuple(batch.values())
     if not isinstance(batch, (tuple, list)): yield batch
     else:
@@ -42,13 +42,13 @@ def _mapped(shape:tuple[int, ...], dtype:torch.dtype) -> Tensor:
 
 # %% ../../nbs/head/03_store.ipynb #d3eae648
 class Store:
-    "Batches by pass and row; the first element of each is the features, the others are kept as they come"
+    "Batches by pass and row; the first element of a batch is the features, the others are kept as they are"
     def __init__(self,
         n_passes:int, # Versions of each sample, as with augmentation
         n_rows:int, # Samples
         batch:tuple, # An example: tensors with samples along their first dimension, in tuples, lists or dicts
-        dtype:torch.dtype|None=None, # Keep features in this type; they are served in their own
-        max_mem:float|None=None, # Bytes; what needs more is kept in a file, and all in memory if not given
+        dtype:torch.dtype|None=None, # Type to keep features in; `get` returns them in their own
+        max_mem:float|None=None, # Bytes; a store that needs more is in a file. If not given, all is in memory
     ):
         wrong = [type(t).__name__ for t in leaves(batch) if not isinstance(t, Tensor) or t.ndim == 0 or len(t) != len(batch[0])]
         if wrong: raise ValueError(f"Targets are kept by sample: they have to be tensors with one row for each, not {', '.join(wrong)}.")
