@@ -25,7 +25,7 @@ from ..freeze.policy import ModeSpec, Policy, check_policy, told_policy
 # %% ../../nbs/choose/00_policies.ipynb #6dccf390
 FASTAI,CONVERTED = 'fastai','converted'
 AnyPolicy = str|Policy|Callable[[Learner], Any] # a mode, `FASTAI` or `CONVERTED`, a policy, or a function that may do anything
-Policies = Iterable[str]|Mapping[str, AnyPolicy|Mapping[str, ModeSpec]] # such names, or a dict of your own names to policies, which may be dicts
+Policies = Iterable[str]|Mapping[str, AnyPolicy|Mapping[str, ModeSpec]] # names, or your own names to policies, which may be dicts
 
 # %% ../../nbs/choose/00_policies.ipynb #029d80b3
 def is_function(
