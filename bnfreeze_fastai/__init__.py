@@ -5,7 +5,7 @@ A callback re-applies the mode that you chose; `learn.freeze_to_bn` sets it; `le
 Modules:
 
 - `bnfreeze_fastai.choose.compare`: Full runs of several batch norm policies, from the same weights and over the same batches
-- `bnfreeze_fastai.choose.find`: Which batch norm policy suits this data? The rule, corrected by short trials, with the gain to expect
+- `bnfreeze_fastai.choose.find`: Which batch norm policy suits your data: the rule, corrected by short trials, with the gain to expect
 - `bnfreeze_fastai.core`: Set, hold and read the mode of norm layers, in plain PyTorch
 - `bnfreeze_fastai.freeze.callback`: The callback that keeps a batch norm policy in every fit
 - `bnfreeze_fastai.fusion.fuse`: Train through fixed statistics at the cost of a convolution

@@ -54,7 +54,7 @@ def check_lr(
 def as_seeds(
     seeds:int|Iterable[int], # How many, or which
 ) -> list[int]:
-    "Seeds as a list; `ValueError` if they are too few, negative, or not all different"
+    "Seeds as a list; `ValueError` if there are none, or if they are negative or not all different"
     def as_int(s):
         if isinstance(s, bool): raise TypeError
         return index(s)
@@ -76,7 +76,7 @@ def new_learner(
     get_learner:Callable[..., Learner], # Makes a Learner; it is given `seed` if it has a parameter of that name
     seed:int, # Of all random numbers
 ) -> Learner:
-    "A Learner from `get_learner`, made with random numbers that `seed` decides; `ValueError` if it is none"
+    "A Learner from `get_learner`, made with random numbers from `seed`; `ValueError` if it is not a Learner"
     wanted = 'a function that makes a new Learner each time','give one, such as `lambda: vision_learner(dls, resnet18)`'
     if not is_function(get_learner): raise wrong('get_learner', get_learner, *wanted)
     given = {'seed': seed} if 'seed' in signature(get_learner).parameters else {}
