@@ -5,15 +5,22 @@ A callback re-applies the mode that you chose; `learn.freeze_to_bn` sets it; `le
 Modules:
 
 - `bnfreeze_fastai.choose.compare`: Full runs of several batch norm policies, from the same weights and over the same batches
+- `bnfreeze_fastai.choose.differences`: Paired differences between policies, and whether they are more than chance
 - `bnfreeze_fastai.choose.find`: Which batch norm policy suits your data: the rule, corrected by short trials, with the gain to expect
+- `bnfreeze_fastai.cli`: The command `bnfreeze`: compare batch norm policies from the command line
 - `bnfreeze_fastai.core`: Set, hold and read the mode of norm layers, in plain PyTorch
 - `bnfreeze_fastai.freeze.callback`: The callback that keeps a batch norm policy in every fit
+- `bnfreeze_fastai.freeze.fuse`: Train a Learner through fixed statistics at the cost of a convolution
+- `bnfreeze_fastai.freeze.stages`: A policy that changes during a fit
 - `bnfreeze_fastai.fusion.fuse`: Train through fixed statistics at the cost of a convolution
+- `bnfreeze_fastai.head.fold`: A faster frozen part, for when it has to run in every epoch
 - `bnfreeze_fastai.head.precompute`: Train the head at the speed of the head: run the frozen part once
+- `bnfreeze_fastai.layers`: What a norm layer is, its two halves, its name, and the four modes
 - `bnfreeze_fastai.learner`: Freeze with a policy, and work on running statistics, by methods of every Learner
 - `bnfreeze_fastai.stats.distances`: How far running statistics, weight and bias have moved since a snapshot
 - `bnfreeze_fastai.stats.recalibrate`: Set running statistics to those of your data, exactly
-- `bnfreeze_fastai.stats.shift`: How foreign your data is to a network, layer by layer, before any training"""
+- `bnfreeze_fastai.stats.shift`: How foreign your data is to a network, layer by layer, before any training
+- `bnfreeze_fastai.sync`: Back from SyncBatchNorm to plain batch norm"""
 
 __version__ = "0.1.0"
 

@@ -259,6 +259,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'bnfreeze_fastai/freeze/attachment.py'),
                                                    'bnfreeze_fastai.freeze.attachment.Attachment.modes': ( 'freeze/attachment.html#attachment.modes',
                                                                                                            'bnfreeze_fastai/freeze/attachment.py'),
+                                                   'bnfreeze_fastai.freeze.attachment.Attachment.note_trained': ( 'freeze/attachment.html#attachment.note_trained',
+                                                                                                                  'bnfreeze_fastai/freeze/attachment.py'),
                                                    'bnfreeze_fastai.freeze.attachment.Attachment.pass_on': ( 'freeze/attachment.html#attachment.pass_on',
                                                                                                              'bnfreeze_fastai/freeze/attachment.py'),
                                                    'bnfreeze_fastai.freeze.attachment.Attachment.pretrained': ( 'freeze/attachment.html#attachment.pretrained',

@@ -46,6 +46,16 @@ def make_learner(model=None, splitter=two_groups, size=8, **kwargs):
     return learn
 
 
+def pretrained(**kwargs):
+    "A Learner whose body has trained statistics and whose head has none"
+    set_seed(0)
+    make_learner(model=(model := body_and_head())).fit(1)
+    model[1][2].reset_parameters()
+    learn = make_learner(model=model, **kwargs)
+    set_seed(0)
+    return learn
+
+
 def bits(tensors):
     return [t.detach().clone() for t in tensors]
 

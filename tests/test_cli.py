@@ -11,6 +11,8 @@ from fastcore.script import anno_parser
 
 from bnfreeze_fastai.cli import COMMANDS, main
 
+pytestmark = pytest.mark.slow
+
 COMMAND = Path(sys.executable).parent / 'bnfreeze'
 
 

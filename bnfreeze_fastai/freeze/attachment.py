@@ -23,7 +23,7 @@ from torch import nn
 from ..core import set_affine, warn_unkept
 from .groups import Groups, as_groups, frozen_groups, pretrained_norms, trained_now
 from .guard import Fixed, drop_grads, fixed_params, level_slow_weights
-from ..layers import norm_params
+from ..layers import norm_layers, norm_params
 from .point import Frozen, FreezePoint
 from .policy import Policy, layer_modes
 
@@ -167,6 +167,11 @@ def pass_on(self:Attachment,
         if remaining is not None: remaining.at.take_over(self)
         if self.learn.splitter == going.split: self.learn.splitter = self.splitter if remaining is None else remaining.split
         if has_opt and self.applied: self.give_back() if remaining is None else remaining.apply()
+
+@patch
+def note_trained(self:Attachment) -> None:
+    "Take the norm layers whose statistics are trained now for those that came with the weights"
+    self.trained = trained_now(norm_layers(self.learn.model))
 
 @patch
 def forget(self:Attachment) -> None:

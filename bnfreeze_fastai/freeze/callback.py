@@ -27,8 +27,6 @@ from torch import Tensor, nn
 from .attachment import Attachment, from_0_1
 from .copies import leave_a_copy
 from .fit import Fit
-from .groups import trained_now
-from ..layers import norm_layers
 from .policy import ModeSpec, Policy, check_policy
 from .stages import Schedule, Stages, check_schedule
 from ..stats.distances import snapshot
@@ -192,7 +190,7 @@ def set_policy(self:BatchNormFreeze,
 ) -> None:
     "Follow `policy` from now on, and count movement from here"
     self.bn_policy,self.bn_start = check_policy(policy, self.model),snapshot(self.model)
-    if not keep_trained: self.at.trained = trained_now(norm_layers(self.model))
+    if not keep_trained: self.at.note_trained()
     for fit in self.at.fits: fit.stages,fit.anew = self._stages(),True
 
 @patch

@@ -15,6 +15,8 @@ from bnfreeze_fastai.choose.results import COLUMNS, Results
 from bnfreeze_fastai.choose.runs import FITS, run_policy
 from bnfreeze_fastai.layers import MODES
 
+pytestmark = pytest.mark.slow
+
 get_learner = partial(make_learner, wd=0.01, lr=0.01)  # seeds its own weights: the same for all seeds
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.mark.guarantee(3)
 @pytest.mark.parametrize('script', ['distributed_script.py', 'distrib_ctx_script.py'])

@@ -8,7 +8,7 @@ from conftest import Body, may_move
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
 from fastai.torch_core import set_seed, trainable_params
-from learners import bits, body_and_head, make_dls, make_learner, OPTIMIZERS, same, two_groups
+from learners import bits, body_and_head, make_dls, make_learner, OPTIMIZERS, same, two_groups, pretrained
 from torch import nn
 
 from bnfreeze_fastai.choose.policies import check_policies, put_policy
@@ -22,16 +22,6 @@ from bnfreeze_fastai.layers import affine_params, MODES, norm_layers
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained')
 NAMES = ['0.1', '0.4']
 ONE = trainable_params  # a splitter with one group
-
-
-def pretrained(**kwargs):
-    "A Learner whose body has trained statistics and whose head has none"
-    set_seed(0)
-    make_learner(model=(model := body_and_head())).fit(1)
-    model[1][2].reset_parameters()
-    learn = make_learner(model=model, **kwargs)
-    set_seed(0)
-    return learn
 
 
 def globs(mode, above='train'):

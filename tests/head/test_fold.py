@@ -4,7 +4,8 @@ import numpy as np, pytest, torch
 from fastai.callback.mixup import MixUp
 from fastai.torch_basics import Transform
 from learners import same
-from test_precompute import ARCHS, conv, fingerprint_of, FunctionalDropout, generators, jitter, small, train, unet, with_model
+from heads import small, train
+from test_precompute import ARCHS, conv, fingerprint_of, FunctionalDropout, generators, jitter, unet, with_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from torchvision.ops import FrozenBatchNorm2d

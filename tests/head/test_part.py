@@ -4,7 +4,8 @@ from copy import deepcopy
 
 import pytest, torch
 from learners import body_and_head, make_learner
-from test_precompute import conv, dropout_head, FunctionalDropout, two_input_learner
+from heads import dropout_head
+from test_precompute import conv, FunctionalDropout, two_input_learner
 from torch import nn
 
 from bnfreeze_fastai.head.part import frozen_part, WatchFrozen

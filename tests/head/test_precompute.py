@@ -24,6 +24,7 @@ from fastai.torch_core import params, set_seed, TensorCategory
 from fastai.vision.augment import FlipItem, Normalize, Resize
 from fastai.vision.core import PILImage
 from fastai.vision.learner import create_timm_model, create_unet_model, create_vision_model, model_meta
+from heads import dropout_head, small, StepLosses, train
 from learners import bits, body_and_head, image, label, make_learner, OPTIMIZERS, same
 from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset, WeightedRandomSampler
@@ -36,42 +37,10 @@ from bnfreeze_fastai.layers import bn_layers
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated torchvision arguments, autocast without a GPU
 
 
-class StepLosses(Callback):
-    "Every training loss as the optimizer sees it"
-
-    def before_fit(self):
-        self.seen = []
-
-    def after_loss(self):
-        if self.training:
-            self.seen.append(self.loss.item())
-
-
 class FirstBatchOnly(Callback):
     def after_batch(self):
         if self.training:
             raise CancelTrainException
-
-
-def dropout_head(n=4):
-    return nn.Sequential(
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(n), nn.Dropout(0.3), nn.Linear(n, 8), nn.ReLU(), nn.Linear(8, 2)
-    )
-
-
-def small(**kwargs):
-    "A small Learner with trained statistics, frozen up to a head with dropout"
-    set_seed(0)
-    learn = make_learner(model=nn.Sequential(body_and_head()[0], dropout_head()), **{'metrics': accuracy, 'lr': 1e-2, **kwargs})
-    learn.fit(1)
-    return learn.freeze_to_bn(-1)
-
-
-def train(learn, n_epoch=3, lr=1e-2):
-    set_seed(1)
-    losses = StepLosses()
-    learn.fit_one_cycle(n_epoch, lr, cbs=losses)
-    return losses.seen
 
 
 def generators():
@@ -421,6 +390,8 @@ def test_file_in_place_of_memory(max_mem):
 KILLED = '''
 import sys, time
 sys.path.insert(0, {tests!r})
+from learners import make_learner
+import bnfreeze_fastai.learner
 learn = make_learner().freeze_to_bn(-1)
 with learn.precompute(max_mem=0):
     print('inside', flush=True)

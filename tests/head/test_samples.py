@@ -9,7 +9,8 @@ from fastai.torch_basics import Transform
 from fastai.vision.core import TensorBBox
 from fastai.vision.data import bb_pad
 from learners import image, label
-from test_precompute import fastai_dls, generators, small, tensors, torch_dls, train, with_dls
+from heads import small, train
+from test_precompute import fastai_dls, generators, tensors, torch_dls, with_dls
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader as TorchDataLoader, Subset, TensorDataset
 from torchvision.transforms import Compose, Lambda, RandomApply, RandomErasing, TrivialAugmentWide, v2

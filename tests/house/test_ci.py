@@ -5,6 +5,8 @@ import os, shutil, signal, subprocess, time
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 README = """# Toy
 
 ## Try it

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest, warm
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 BIN = Path(sys.executable).parent
 
 

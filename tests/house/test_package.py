@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest, yaml
 from conftest import make, ROOT
 
-pytestmark = pytest.mark.xdist_group('package')  # which is built once
+pytestmark = [pytest.mark.xdist_group('package'), pytest.mark.slow]  # which is built once
 PACKAGE = ROOT / 'bnfreeze_fastai'
 FILES = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob('*.py')} | {'bnfreeze_fastai/py.typed', 'bnfreeze_fastai/advice.json'}
 

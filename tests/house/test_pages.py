@@ -12,6 +12,8 @@ from docs.links import site_links
 from docs.notebooks import module_of, NBS
 from docs.pages import markdown, page_cells
 
+pytestmark = pytest.mark.slow
+
 OF_THE_REPOSITORY = {'which_mode', 'put_to_the_test'}  # they show its tables, and say so
 PAGES = sorted(NBS.rglob('*.ipynb'))
 

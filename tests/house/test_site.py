@@ -9,7 +9,7 @@ import bnfreeze_fastai.all as door
 
 sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed: pip install -e ".[dev]"')
 
-pytestmark = pytest.mark.xdist_group('site')  # which is built once
+pytestmark = [pytest.mark.xdist_group('site'), pytest.mark.browser]  # which is built once
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 FLAGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'
 on_ci = 'CI' in os.environ  # there, to be without a browser is a failure
@@ -160,7 +160,7 @@ def test_reference_has_signature_parameters_and_source(visit):
     source = start.locator('xpath=following-sibling::details').first
     assert not source.locator('code').is_visible()
     source.locator('summary').click()
-    assert 'self.freeze_to(n)' in source.locator('code').inner_text()
+    assert 'cb.freeze_to(n)' in source.locator('code').inner_text()
 
 
 def test_everything_public_has_its_place(built):

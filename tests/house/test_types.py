@@ -70,12 +70,15 @@ def symbols(tmp_path_factory):
     return told['symbols']
 
 
+OFFERED = PUBLIC | {'BatchNormShift', 'BatchNormSummary', 'Drift'}  # also classes that functions return
+
+
 def public(name):
     "A name as users know it, or None: what `all` offers, members of the classes among it, methods of Learners, the toy data, the command"
     path = name.removeprefix('bnfreeze_fastai.').split('.')
-    at = next((i for i, part in enumerate(path) if part in PUBLIC | METHODS), len(path))
+    at = next((i for i, part in enumerate(path) if part in OFFERED | METHODS), len(path))
     module, inner = '.'.join(path[:at]), '.'.join(path[at:])
-    offered = inner and (path[at] in PUBLIC or module in ('learner', 'choose.find'))
+    offered = inner and (path[at] in OFFERED or module in ('learner', 'choose.find'))
     return inner if offered else path[1] if path[0] == 'digits' and len(path) == 2 else 'main' if path == ['cli', 'main'] else None
 
 

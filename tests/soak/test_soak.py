@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.skipif(sys.platform != 'linux', reason='processes are watched by /proc'), pytest.mark.filterwarnings('ignore')]
+pytestmark = [
+    pytest.mark.skipif(sys.platform != 'linux', reason='processes are watched by /proc'),
+    pytest.mark.filterwarnings('ignore'),
+    pytest.mark.slow,
+]
 
 
 def test_what_does_wrong_is_told_and_one_of_each_kind_goes_well():

@@ -5,8 +5,7 @@ from copy import deepcopy
 import pandas as pd, pytest, torch
 from conftest import Body
 from fastai.torch_core import trainable_params
-from learners import bits, body_and_head, make_learner, same
-from test_throughout import pretrained
+from learners import bits, body_and_head, make_learner, same, pretrained
 from torch import nn
 
 from bnfreeze_fastai.choose.compare import bn_compare

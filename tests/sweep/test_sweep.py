@@ -8,10 +8,11 @@ from fastai.callback.core import Callback
 from torchvision import models
 
 import bnfreeze_fastai.fusion.lazy, bnfreeze_fastai.head.store, bnfreeze_fastai.learner
+from bnfreeze_fastai.freeze.summary import BatchNormSummary
 from tests.sweep import checks, rows
 from tests.sweep.networks import Network, classifier, two_groups
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated torchvision arguments
+pytestmark = [pytest.mark.filterwarnings('ignore'), pytest.mark.slow]  # deprecated torchvision arguments
 SIZE = 8
 sweep = importlib.import_module('tests.sweep.__main__')
 
@@ -99,7 +100,7 @@ def test_wrong_fusion_is_seen(monkeypatch, change):
 
 
 def test_a_missing_row_of_the_summary_is_seen(monkeypatch):
-    altered(monkeypatch, bnfreeze_fastai.learner, 'norm_layers', lambda layers: dict(list(layers.items())[1:]))
+    altered(monkeypatch, bnfreeze_fastai.learner, 'summarise', lambda shown: BatchNormSummary(shown.df[1:], shown.title))
     assert checks.check_summary(small(), SIZE) == 'wrong: 2 rows'
 
 

@@ -1,7 +1,7 @@
 "Buffers of every sort are compared and given back"
 
 import pytest, torch
-from test_precompute import small, train
+from heads import small, train
 from torch import nn
 
 from bnfreeze_fastai.choose.trials import trial_copy
