@@ -151,7 +151,7 @@ def convert_bn(self:Learner,
     cb = active_callback(self)
     try:
         if layers is not None: chosen = [*layers_with_stats(self.model, layers)]
-        else: chosen = pretrained_norms(Groups(self.model, self.opt.param_lists)) if cb is None else cb.at.pretrained
+        else: chosen = pretrained_norms(Groups(self.model, self.opt.param_lists)) if cb is None else cb.attachment.pretrained
         recalibrate.convert_bn(self.model, layers=chosen, **how)
     except BaseException:
         if not had_opt: self.opt = None

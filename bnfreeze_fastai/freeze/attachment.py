@@ -133,8 +133,9 @@ def apply(self:Attachment,
 
 @patch
 def warn_once(self:Attachment, text:str) -> None:
-    if text not in self.warned: warnings.warn(text)
-    self.warned.add(text)
+    if text in self.warned: return
+    self.warned.add(text) # first, as a warning may be an error
+    warnings.warn(text)
 
 # %% ../../nbs/freeze/06_attachment.ipynb #59e19068
 @patch
@@ -158,14 +159,19 @@ def with_optimizer(self:Attachment):
         if lacking: self.learn.opt = None
 
 @patch
-def pass_on(self:Attachment,
-    going:Callback, # The callback that this attachment belongs to
-    remaining:Callback|None, # The one that will be in force
+def end(self:Attachment,
+    going:Callback, # The callback that this is of
 ) -> None:
-    "Hand what is known of the Learner to `remaining`; if that is `None`, give back what was there"
+    "Let the callback that will be in force know what is known of the Learner; if there is none, give back what was there"
+    learn = self.learn
+    self.release()
+    if self.compiled_for: torch.compiler.reset()
+    others = [cb for cb in learn.cbs if isinstance(getattr(cb, 'attachment', None), Attachment)]
+    if not others or others[-1] is not going: return
+    remaining = next((cb for cb in reversed(others) if cb is not going), None)
     with self.with_optimizer() as has_opt:
-        if remaining is not None: remaining.at.take_over(self)
-        if self.learn.splitter == going.split: self.learn.splitter = self.splitter if remaining is None else remaining.split
+        if remaining is not None: remaining.attachment.take_over(self)
+        if learn.splitter == going.split: learn.splitter = self.splitter if remaining is None else remaining.split
         if has_opt and self.applied: self.give_back() if remaining is None else remaining.apply()
 
 @patch
@@ -188,4 +194,4 @@ def from_0_1(
                _applied='applied')
     at = Attachment.__new__(Attachment)
     at.__setstate__({'splitter': None, 'trained': None, **{new: state[old] for old,new in now.items() if old in state}})
-    return {**{k: v for k,v in state.items() if k not in now}, 'at': at}
+    return {**{k: v for k,v in state.items() if k not in now}, 'attachment': at}

@@ -16,9 +16,9 @@ __all__ = ['active_callback', 'BatchNormFreeze']
 
 # %% ../../nbs/freeze/09_callback.ipynb #e7b03ba2
 import warnings
+from copy import copy
 from typing import Any
 
-import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.learner import Callback, Learner
 from fastcore.basics import patch
@@ -45,7 +45,7 @@ class BatchNormFreeze(Callback):
     bn_start:dict[str, dict[str, Tensor]] # a snapshot of the model when the policy was set
     schedule_log:dict[float, tuple[int, int]] # fraction of the last fit to the epoch and batch in which its change came
     moving_buffers:list[str] # buffers of the frozen part that no mode governs, and that a fit has moved
-    at:Attachment|None = None # while a Learner has the callback
+    attachment:Attachment|None = None # while a Learner has the callback
 
     def __init__(self,
         bn:ModeSpec='frozen', # Mode of norm layers in frozen groups, or a dict of globs over layer names to modes
@@ -58,35 +58,41 @@ class BatchNormFreeze(Callback):
         self.bn_start,self.schedule_log,self.moving_buffers = {},{},[]
 
     @property
-    def learn(self) -> Learner|None: return None if self.at is None else self.at.learn
+    def learn(self) -> Learner|None: return None if self.attachment is None else self.attachment.learn
     @learn.setter
     def learn(self, learn:Learner|None) -> None:
         if learn is not None:
             check_policy(self.bn_policy, learn.model)
             if self.schedule: check_schedule(self.schedule, learn.model)
-        if self.at is not None and self.at.learn is not learn: self._go(learn)
+        if self.attachment is not None and self.attachment.learn is not learn: self._go(learn)
         if learn is not None: self._come(learn)
 
     def __setstate__(self, state:dict[str, Any]) -> None:
         if '_point' in state: state = from_0_1(state)
         super().__setstate__(state)
+    def __copy__(self) -> BatchNormFreeze:
+        "A copy with an attachment of its own, and no part in a fit that goes on"
+        new = type(self).__new__(type(self))
+        new.__setstate__({**self.__getstate__(), 'attachment': copy(self.attachment)})
+        return new
 
     def _in_force(self) -> bool:
         "Whether an event may be one of a fit that follows this callback"
+        if self.attachment is None: return False # another callback has removed this one amid an event
         return self.learn.opt is not None and not self.learn.lock.locked() and active_callback(self.learn) is self
     def before_fit(self) -> None:
         "Hold the policy, until it is known whether this is a fit"
         if not self._in_force(): return
-        self.at.fits.append(Fit(self.at, self._stages(), self.verify))
-        self.at.fits[-1].announce()
+        self.attachment.fits.append(Fit(self.attachment, self._stages(), self.verify))
+        self.attachment.fits[-1].announce()
     def before_epoch(self) -> None:
         "Note the epoch, which a validation during it would change"
-        if self.at.fits and self._in_force(): self.at.fits[-1].epoch = self.learn.epoch
+        if self._in_force() and self.attachment.fits: self.attachment.fits[-1].epoch = self.learn.epoch
     def before_train(self) -> None:
         "Now this is a fit; an earlier one that is still there was ended by an exception"
-        fits = self.at.fits
-        if not self._in_force(): return self.at.release()
-        if not fits: self.before_fit()
+        if self.attachment is None: return
+        if not self._in_force(): return self.attachment.release()
+        if not (fits := self.attachment.fits): self.before_fit()
         for fit in fits[:-1]: fit.guard_by(None)
         fits[:] = fits[-1:]
         if not fits[-1].trains: self.schedule_log = fits[-1].log
@@ -118,46 +124,41 @@ class BatchNormFreeze(Callback):
         if self.fit_now is not None and self._in_force(): self.fit_now.compare_again()
     def after_fit(self) -> None:
         "Give back what is held"
-        if not self.at.fits or not self._in_force(): return
-        self.at.fits[-1].finish()
-        self.at.fits.pop()
+        if not self._in_force() or not self.attachment.fits: return
+        self.attachment.fits[-1].finish()
+        self.attachment.fits.pop()
 
 # %% ../../nbs/freeze/09_callback.ipynb #c8e89122
 @patch
 def _come(self:BatchNormFreeze, learn:Learner):
     previous = active_callback(learn)
-    self.at = Attachment(learn, None if previous is None else previous.at)
+    if self.attachment is not None: self.attachment.release() # added once more
+    self.attachment = Attachment(learn, None if previous is None else previous.attachment)
     self.bn_start,self.moving_buffers = snapshot(learn.model),[]
     learn.splitter = self.split
 
 @patch
 def _go(self:BatchNormFreeze, learn:Learner|None):
     "Leave the Learner for `learn`, or for none"
-    left = leave_a_copy(self, learn)
-    at = self.at
-    if left is not None:
-        self.at,self.schedule_log = None,{}
+    left,at = leave_a_copy(self, learn),self.attachment
+    if left is None: at.end(self)
+    else: # the copy goes on where this one was, also within a fit
+        left.attachment,self.schedule_log = at,{}
         if at.learn.splitter == self.split: at.learn.splitter = left.split
-        return
-    at.release()
-    if at.compiled_for: torch.compiler.reset()
-    others = [cb for cb in at.learn.cbs if isinstance(cb, BatchNormFreeze)]
-    remaining = next((cb for cb in reversed(others) if cb is not self), None)
-    if others and others[-1] is self: at.pass_on(self, remaining)
-    self.at = None
+    self.attachment = None
 
 @patch
 def split(self:BatchNormFreeze,
     model:nn.Module,
 ) -> list[Any]: # What the Learner's own splitter returns
     "The Learner's own splitter, shown as trainable what the freeze point or the policy froze"
-    return self.at.split(model)
+    return self.attachment.split(model)
 
 # %% ../../nbs/freeze/09_callback.ipynb #634462f7
 @patch(as_prop=True)
 def fit_now(self:BatchNormFreeze) -> Fit|None:
     "The fit that is going on, if one trains"
-    return None if self.at is None else self.at.fit_now
+    return None if self.attachment is None else self.attachment.fit_now
 
 @patch(as_prop=True)
 def policy_now(self:BatchNormFreeze) -> Policy: return self.bn_policy if self.fit_now is None else self.fit_now.stages.policy
@@ -167,19 +168,19 @@ def modes(self:BatchNormFreeze,
     policy:Policy|None=None, # The one in force if not given
 ) -> dict[str, str]: # Name of each norm layer to its mode
     "The mode that the policy gives every norm layer of the Learner's model at the freeze point in force"
-    return self.at.modes(policy or self.policy_now)
+    return self.attachment.modes(policy or self.policy_now)
 
 @patch
 def apply(self:BatchNormFreeze) -> None:
     "Put the policy onto the tensors now, as every fit does: `requires_grad` of norm layers, and no gradient left on what is fixed"
-    self.at.apply(self.policy_now)
+    self.attachment.apply(self.policy_now)
 
 @patch
 def freeze_to(self:BatchNormFreeze,
     n:int, # Freeze point of the Learner
 ) -> None:
     "Freeze the Learner to `n` and apply the policy; what was frozen before no longer counts"
-    self.at.forget()
+    self.attachment.forget()
     self.learn.freeze_to(n)
     self.apply()
 
@@ -190,8 +191,8 @@ def set_policy(self:BatchNormFreeze,
 ) -> None:
     "Follow `policy` from now on, and count movement from here"
     self.bn_policy,self.bn_start = check_policy(policy, self.model),snapshot(self.model)
-    if not keep_trained: self.at.note_trained()
-    for fit in self.at.fits: fit.stages,fit.anew = self._stages(),True
+    if not keep_trained: self.attachment.note_trained()
+    for fit in self.attachment.fits: fit.stages,fit.anew = self._stages(),True
 
 @patch
 def _stages(self:BatchNormFreeze) -> Stages:

@@ -23,7 +23,7 @@ def frozen_in_force(
 ) -> list[bool]: # For each parameter group, whether it is frozen
     "Which groups are frozen now, with or without a policy"
     cb = active_callback(learn)
-    return frozen_groups(Groups(learn.model, learn.opt.param_lists), learn.opt.frozen_idx) if cb is None else cb.at.look().groups
+    return frozen_groups(Groups(learn.model, learn.opt.param_lists), learn.opt.frozen_idx) if cb is None else cb.attachment.look().groups
 
 def modes_in_force(
     learn:Learner, # With an optimizer

@@ -69,7 +69,7 @@ def _notes(groups:Groups, cb:BatchNormFreeze|None) -> list[str]:
     told = {'The optimizer does not know these, so they do not train (`learn.create_opt()`)': unknown_to_optimizer(groups),
             'Buffers of the frozen part that no mode governs': dict.fromkeys([*buffers, *([] if cb is None else cb.moving_buffers)])}
     if cb is not None:
-        now = cb.at.look()
+        now = cb.attachment.look()
         thawed,whole = thawed_by_hand(groups, now.groups, now.n)
         so = 'in the mode `bn` by `throughout`' if cb.bn_policy.throughout else 'so in the mode of the trained part'
         told |= {'Frozen by hand, so in the mode of the frozen part': sorted(now.by_hand), 'Thawed by hand below the freeze point': thawed,

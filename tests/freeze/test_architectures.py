@@ -35,7 +35,7 @@ def test_architecture(name):
     assert (n_norms == 0) == (name == 'squeezenet')
     for mode in MODES:
         learn.freeze_to_bn(-1, bn=mode)
-        groups, frozen = learn.opt.param_lists, active_callback(learn).at.look().groups
+        groups, frozen = learn.opt.param_lists, active_callback(learn).attachment.look().groups
         assert frozen == [True] * (len(groups) - 1) + [False]
         before = [bits(group) for group in groups]
         buffers = {n: b.clone() for n, b in model.named_buffers()}

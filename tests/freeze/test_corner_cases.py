@@ -1,5 +1,8 @@
 "Corner cases that once went wrong: who owns a freeze point, a hold, a splitter or a flag when several hands change them"
 
+import warnings
+from copy import copy
+
 import fastai.callback.schedule
 import pytest, torch
 from conftest import Body, loads_without_this_package, may_move
@@ -11,7 +14,8 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from bnfreeze_fastai.core import hold_bn_mode, set_bn_mode
-from bnfreeze_fastai.freeze.callback import BatchNormFreeze
+from bnfreeze_fastai.freeze.callback import active_callback, BatchNormFreeze
+from bnfreeze_fastai.holds import holds_on
 from bnfreeze_fastai.layers import bn_layers, norm_layers
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*never trained', 'ignore:load_learner', 'ignore:Lazy modules')
@@ -443,3 +447,64 @@ def test_globs_have_to_be_strings_and_policies_are_copied():
 def test_warnings_name_the_layers_of_a_dict():
     with pytest.warns(UserWarning, match=r"\['0.1', '0.4', '1.2'\]"):
         set_bn_mode(norm_layers(body_and_head()), 'frozen')
+
+
+class At(Callback):
+    "Calls a function of the Learner once, at an event"
+
+    def __init__(self, event, function, order=0):
+        self.order, self.called = order, False
+
+        def once():
+            if not self.called:
+                self.called = True
+                function(self.learn)
+
+        setattr(self, event, once)
+
+
+def stop(learn):
+    raise KeyboardInterrupt
+
+
+def held(learn):
+    return [name for name, layer in norm_layers(learn.model).items() if holds_on(layer)]
+
+
+def test_a_callback_added_once_more_lets_go_of_an_interrupted_fit_at_once():
+    learn = make_learner(cbs=BatchNormFreeze(bn_above='affine-only'))
+    learn.fit(1)
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=At('after_pred', stop))
+    assert held(learn)
+    learn.add_cb(active_callback(learn))
+    assert held(learn) == []
+
+
+@pytest.mark.parametrize('event', ['before_fit', 'before_epoch', 'before_train', 'before_batch', 'after_train', 'after_epoch', 'after_fit'])
+def test_another_callback_may_remove_it_amid_an_event(event):
+    learn = make_learner(cbs=BatchNormFreeze())
+    learn.fit(1)
+    learn.fit(1, cbs=At(event, lambda learn: learn.remove_cb(BatchNormFreeze), order=-20))
+    assert active_callback(learn) is None and held(learn) == [] and learn.splitter is two_groups
+
+
+def test_what_is_told_once_is_told_once_where_warnings_are_errors():
+    learn = make_learner(splitter=lambda m: [params(m)], cbs=BatchNormFreeze(throughout=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        with pytest.raises(UserWarning, match='holds nothing'):
+            learn.fit(1)
+        learn.fit(1)
+
+
+def test_a_copy_of_the_callback_takes_no_part_in_a_fit():
+    learn, other, seen = make_learner(cbs=BatchNormFreeze(bn_above='affine-only')), make_learner(), []
+    learn.fit(1)
+
+    def copied(learn):
+        other.add_cb(copy(active_callback(learn)))
+        seen.append(held(learn))
+
+    learn.fit(1, cbs=At('after_pred', copied))
+    assert seen == [['0.1', '0.4', '1.2']] and active_callback(other).fit_now is None and held(other) == []

@@ -52,7 +52,7 @@ def test_body_keeps_its_mode_once_unfrozen(mode):
         body, head = Body(learn.model[0]), Body(learn.model[1])
         learn.fit(1)
         assert body.moved() - {'others'} == may_move(mode) and head.moved() == {'stats', 'affine', 'others'}
-    assert active_callback(learn).at.pretrained == NAMES
+    assert active_callback(learn).attachment.pretrained == NAMES
     assert learn.bn_summary().df['mode'].tolist() == [mode, mode, 'train']
     assert f"bn={mode!r}, bn_above='train', throughout=True; 0 of 2" in repr(learn.bn_summary())
 
@@ -101,7 +101,7 @@ def test_one_group_goes_by_what_was_trained_when_the_policy_was_set():
     for _ in range(2):  # after the first fit the head's statistics are trained as well
         body = Body(learn.model[0])
         learn.fit(1, reset_opt=True)
-        assert body.moved() == {'affine', 'others'} and active_callback(learn).at.pretrained == NAMES
+        assert body.moved() == {'affine', 'others'} and active_callback(learn).attachment.pretrained == NAMES
     learn.freeze_to_bn(0, bn='stats-only')  # what is kept includes the names
     assert learn.bn_summary().df['mode'].tolist() == ['stats-only', 'stats-only', 'train']
     learn.freeze_to_bn(0, throughout=True)
@@ -141,7 +141,7 @@ def test_callbacks_and_policies_of_0_1_load():
     assert old != new and pickle.loads(old) == Policy('frozen', 'affine-only', False)
     learn = pretrained(cbs=BatchNormFreeze('stats-only')).freeze_to_bn(-1)
     cb = active_callback(learn)
-    cb.at.trained = None  # 0.1 did not keep it
+    cb.attachment.trained = None  # 0.1 did not keep it
     learn.export('old.pkl')
     loaded = load_learner('old.pkl')
     loaded.dls = make_dls()
