@@ -15,7 +15,7 @@ def is_for_users(notebook):
 
 def on_config(config):
     "Add the reference, and below it what is inside, room by room; rooms of one module stand together"
-    pages = {room: notebooks_of(room) for room in rooms() if room != 'tutorials'}
+    pages = {room: notebooks_of(room) for room in rooms()}
     names = lambda found: [str(page_name(path)) for path in found]
     inside = {room: [path for path in found if not is_for_users(path)] for room, found in pages.items()}
     alone = [path for room, found in inside.items() if len(pages[room]) == 1 for path in found]

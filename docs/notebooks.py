@@ -27,7 +27,7 @@ def module_of(notebook):
 def rooms():
     "The folders and modules of the package, from the ground up, as CONTRIBUTING.md has them"
     table = (REPOSITORY / 'CONTRIBUTING.md').read_text(encoding='utf-8').partition('| room |')[2].partition('\n\n')[0]
-    return re.findall(r'^\| `(\w+)/?`', table, flags=re.M)
+    return [room for room in re.findall(r'^\| `(\w+)/?`', table, flags=re.M) if room != 'tutorials']
 
 
 def notebooks_of(room):

@@ -19,7 +19,7 @@ from torch import nn
 
 from .attachment import Attachment
 from ..core import set_affine
-from .groups import unknown_to_optimizer
+from .groups import pretrained_norms, unknown_to_optimizer
 from .point import told_of_hands
 from .guard import Fixed, Guard, other_buffers
 from ..layers import MODES, affine_params, is_compiled, named_tensors, norm_layers, norm_params
@@ -124,13 +124,14 @@ def start(self:Fit, stage:int) -> None:
     if not self.compared: self.guard.check()
     off = self.move(stage)
     left_off = off if self.at.look() == self.frozen and not self.anew else frozenset()
-    if self.guard is not None: self.guard.fixed = Fixed([], frozenset()) # what was fixed until now counts no longer
+    if self.guard is not None: self.guard.fixed = Fixed() # what was fixed until now counts no longer
     modes,self.frozen,fixed = self.at.apply(self.stages.policy, left_off)
     self.hold(modes)
     model = self.at.learn.model
     self.guard.note(model, fixed, self.verify, before)
     self.anew,self.pending,self.compared = False,False,False
-    for text in told_of_hands(self.at.groups(), self.frozen, self.stages.policy.throughout, self.at.pretrained): self.at.warn_once(text)
+    groups,throughout = self.at.groups(),self.stages.policy.throughout
+    for text in told_of_hands(groups, self.frozen, throughout, pretrained_norms(groups, self.at.trained)): self.at.warn_once(text)
     if self.others is None:
         tensors = named_tensors(model)
         self.others = {n: fingerprint(tensors[n]) for n in other_buffers(model)}
@@ -180,7 +181,7 @@ def finish(self:Fit) -> None:
     "Go back to the first stage, and give back what is held; if this was no fit, put everything back"
     if self.trains and self.stages.now:
         off = self.move(0)
-        self.guard.fixed = Fixed([], frozenset())
+        self.guard.fixed = Fixed()
         self.at.apply(self.stages.policy, off)
     self.end()
     if not self.trains: return

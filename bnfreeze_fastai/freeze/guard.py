@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['drop_grads', 'level_slow_weights', 'Fixed', 'fixed_params', 'Guard', 'other_buffers', 'look_moving']
 
 # %% ../../nbs/freeze/05_guard.ipynb #4889e736
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -45,8 +45,8 @@ def level_slow_weights(
 # %% ../../nbs/freeze/05_guard.ipynb #1448ec70
 class Fixed(NamedTuple):
     "The parameters that policy and freeze point fix"
-    params:list[nn.Parameter] # in the order of the groups
-    firm:Set[nn.Parameter] # those of them that nobody can thaw within an epoch
+    params:Sequence[nn.Parameter] = () # in the order of the groups
+    firm:Set[nn.Parameter] = frozenset() # those of them that nobody can thaw within an epoch
 
 def fixed_params(
     groups:Groups,
@@ -69,7 +69,7 @@ class Guard(ExitStack):
     ):
         super().__init__()
         self.model,self.modes,self.layers = model,dict(modes),norm_layers(model)
-        self.fixed,self.prints = Fixed([], frozenset()),{}
+        self.fixed,self.prints = Fixed(),{}
         self.finite = FiniteStats({n: l for n,l in self.layers.items() if MODES[self.modes[n]].updates_stats})
         self.holds = self.enter_context(held_stats({l: self.modes[n] for n,l in self.layers.items() if not is_frozen_norm(l)}, model))
 

@@ -14,13 +14,13 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper, ranger, SGD
-from fastai.torch_core import params, set_seed
+from fastai.torch_core import set_seed
 from learners import bits, body_and_head, make_dls, make_learner, two_groups
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-import bnfreeze_fastai.find
+import bnfreeze_fastai.choose.find
 from bnfreeze_fastai.choose.rules import ADVICE, expected_gains, REFERENCE, TRIED
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 

@@ -1,6 +1,6 @@
 "Files from elsewhere: whatever is in them gives an error that names the file, and runs no code"
 
-import io, json, os, pickle, stat, tarfile, zipfile
+import io, os, pickle, stat, tarfile, zipfile
 from pathlib import Path
 
 import pandas as pd, pytest, torch
@@ -8,7 +8,7 @@ from learners import make_learner
 from torch import nn
 
 from bnfreeze_fastai.choose.compare import bn_compare
-from bnfreeze_fastai.choose.results import Results, write_whole
+from bnfreeze_fastai.choose.results import write_whole
 from bnfreeze_fastai.vision import make_model, read_weights
 
 RAN = Path('ran')

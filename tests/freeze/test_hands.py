@@ -1,6 +1,6 @@
 "What hands other than the callback's do to a Learner's layers, and what is said of it"
 
-import pickle, warnings
+import warnings
 
 import fastai.callback.schedule
 import pytest, timm, torch

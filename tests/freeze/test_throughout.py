@@ -7,8 +7,8 @@ import pytest, torch
 from conftest import Body, may_move
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
-from fastai.torch_core import set_seed, trainable_params
-from learners import bits, body_and_head, make_dls, make_learner, OPTIMIZERS, same, two_groups, pretrained
+from fastai.torch_core import trainable_params
+from learners import bits, make_dls, make_learner, OPTIMIZERS, same, two_groups, pretrained
 from torch import nn
 
 from bnfreeze_fastai.choose.policies import check_policies, put_policy

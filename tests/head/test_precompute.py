@@ -1,6 +1,6 @@
 "Training on stored features is what training without them is, and leaves nothing behind"
 
-import gc, os, random, signal, subprocess, sys, tempfile, time
+import gc, os, random, signal, subprocess, sys, tempfile
 from collections import Counter
 from copy import deepcopy
 from functools import partial
@@ -24,14 +24,14 @@ from fastai.torch_core import params, set_seed, TensorCategory
 from fastai.vision.augment import FlipItem, Normalize, Resize
 from fastai.vision.core import PILImage
 from fastai.vision.learner import create_timm_model, create_unet_model, create_vision_model, model_meta
-from heads import dropout_head, small, StepLosses, train
+from heads import dropout_head, small, train
 from learners import bits, body_and_head, image, label, make_learner, OPTIMIZERS, same
 from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset, WeightedRandomSampler
 from torchvision import models
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
-from bnfreeze_fastai.head.serve import FeatureBatches, ServeFeatures
+from bnfreeze_fastai.head.serve import FeatureBatches
 from bnfreeze_fastai.layers import bn_layers
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated torchvision arguments, autocast without a GPU
@@ -388,7 +388,7 @@ def test_file_in_place_of_memory(max_mem):
 
 
 KILLED = '''
-import sys, time
+import sys
 sys.path.insert(0, {tests!r})
 from learners import make_learner
 import bnfreeze_fastai.learner

@@ -1,13 +1,12 @@
 "Import paths and pickles of 0.1"
 
-import gzip, importlib, io, json, shutil, subprocess, sys, warnings
+import gzip, importlib, io, json, shutil, subprocess, sys
 
 import pytest, torch
 from conftest import Body, ROOT
 from fastai.learner import load_learner
 from learners import make_dls
 
-from bnfreeze_fastai import _moved
 from bnfreeze_fastai.all import BatchNormFreeze, Policy
 from bnfreeze_fastai.core import bn_mode
 from bnfreeze_fastai.layers import norm_layers

@@ -102,7 +102,7 @@ def imported(module):
             yield from (alias.name.partition('.')[2] for alias in node.names if alias.name.startswith('bnfreeze_fastai.'))
 
 
-FLOORS = ['.'.join(page_name(path).with_suffix('').parts) for room in rooms() if room != 'tutorials' for path in notebooks_of(room)]
+FLOORS = ['.'.join(page_name(path).with_suffix('').parts) for room in rooms() for path in notebooks_of(room)]
 
 
 @pytest.mark.parametrize('module', FLOORS)

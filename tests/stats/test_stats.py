@@ -10,12 +10,12 @@ from learners import bits, same
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from torchvision.models import resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
 from bnfreeze_fastai.core import bn_mode, set_bn_mode
-from bnfreeze_fastai.layers import bn_layers, norm_layers
+from bnfreeze_fastai.layers import bn_layers
 from bnfreeze_fastai.stats.distances import bn_drift, snapshot
 from bnfreeze_fastai.stats.observe import observe, Observer
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
