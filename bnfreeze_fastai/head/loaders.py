@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import index
+from types import MethodType
 
 from fastai.data.load import DataLoader
 from fastcore.basics import noop
@@ -40,6 +41,8 @@ def check_loader(
         raise ValueError(own_way)
 
 # %% ../../nbs/head/04_loaders.ipynb #767ab7a8
+_MAKES = 'create_item', 'create_batch', 'retain', 'do_batch', 'after_item', 'before_batch', 'after_batch'
+
 def n_samples(
     dl:DataLoader|TorchDataLoader,
 ) -> int:
@@ -59,7 +62,9 @@ def in_order(
 ) -> DataLoader|TorchDataLoader:
     "A loader of the same samples and transforms as `dl` that gives each once, in order"
     if idxs is None: idxs = range(n_samples(dl))
-    if isinstance(dl, DataLoader): return dl.new(shuffle=False, drop_last=False, n=len(idxs), get_idxs=partial(list, idxs), **kwargs)
+    if isinstance(dl, DataLoader):
+        bound = {k: vars(dl)[k] for k in _MAKES if isinstance(vars(dl).get(k), MethodType)} # `new` takes them for methods of its own
+        return dl.new(**{**bound, **kwargs}, shuffle=False, drop_last=False, n=len(idxs), get_idxs=partial(list, idxs))
     kwargs = {**{k: getattr(dl, k) for k in ('dataset', 'collate_fn', 'num_workers', 'worker_init_fn')}, **kwargs}
     batches = BatchSampler(idxs, kwargs.pop('bs', batch_size(dl)), drop_last=False)
     return TorchDataLoader(batch_sampler=batches, **kwargs)

@@ -27,7 +27,7 @@ from fastai.vision.learner import create_timm_model, create_unet_model, create_v
 from heads import dropout_head, small, train
 from learners import bits, body_and_head, image, label, make_learner, OPTIMIZERS, same
 from torch import nn
-from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader as TorchDataLoader, IterableDataset, WeightedRandomSampler, default_collate
 from torchvision import models
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
@@ -994,3 +994,20 @@ def test_stale_features_are_not_served(change):
         for use in (lambda: learn.fit(1), learn.validate, learn.get_preds):
             with pytest.raises((RuntimeError, ValueError), match='enter it again|frozen'):
                 use()
+
+
+class Doubling:
+    def collate(self, samples):
+        x, y = default_collate(samples)
+        return 2 * x, y
+
+
+def test_a_bound_method_that_makes_batches():
+    plain, stored = small(), small()
+    for learn in (plain, stored):
+        for dl in learn.dls.loaders:
+            dl.create_batch = Doubling().collate
+    without = train(plain, 1)
+    with stored.precompute():
+        np.testing.assert_allclose(train(stored, 1), without, rtol=1e-5)
+    assert not np.allclose(train(small(), 1), without, rtol=1e-3)
