@@ -45,11 +45,19 @@ def write_json(
     write_whole(path, json.dumps(settings, indent=2, ensure_ascii=False) + '\n')
 
 # %% ../../nbs/choose/02_results.ipynb #ce8caf48
-GROWING = 'policies'
+GROWING,_ROWS = 'policies','rows' # of each run; files of 0.1 do not have them
 COLUMNS = ('policy', 'seed', 'epoch', 'train_loss', 'valid_loss', 'stats_moved', 'affine_moved', 'seconds', 'precomputed', 'weights')
 _KINDS = dict(policy=str, seed=np.int64, epoch=np.int64, precomputed='True'.__eq__, weights=str) # all others are floats
 
 def _as_text(df:pd.DataFrame) -> str: return df.to_csv(index=False, na_rep='nan', lineterminator='\n')
+
+def _rows(df:pd.DataFrame) -> dict[str, int]: # By policy and seed
+    "How many rows each run has"
+    return {f'{policy}, seed {seed}': n for (policy,seed),n in df.groupby(['policy', 'seed'], sort=False).size().items()}
+
+def _check_rows(df:pd.DataFrame, there:Mapping[str, int]):
+    short = [run for run,n in _rows(df).items() if n != there.get(run, n)]
+    if short: raise ValueError(f'rows of {short} are missing')
 
 def _from_text(text:str) -> pd.DataFrame:
     df = pd.read_csv(StringIO(text), dtype=str, keep_default_na=False)
@@ -96,6 +104,7 @@ class Results:
         try:
             old = json.loads(beside.read_text(encoding='utf-8'))
             df = _from_text(self.path.read_bytes().decode('utf-8'))
+            _check_rows(df, old.pop(_ROWS, {}))
             if others := set(df['policy']) - {*old[GROWING].keys()}: raise ValueError(f'the settings have no policies {sorted(others)}')
         except Exception as e: # anything may be in them
             raise ValueError(f"{self.path} does not go with settings in {beside} ({e}): give another file, or `resume=False` to "
@@ -127,5 +136,5 @@ class Results:
         self.df = pd.concat([self.df, pd.DataFrame(rows)], ignore_index=True)
         if self.path is None: return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path.with_suffix('.json'), self.settings)
+        write_json(self.path.with_suffix('.json'), {**self.settings, _ROWS: _rows(self.df)})
         write_whole(self.path, _as_text(self.df))

@@ -159,6 +159,19 @@ def test_settings(kind):
     refused()
 
 
+def test_a_run_cut_at_the_end_of_a_line():
+    whole = bn_compare(get_learner, ['train'], 2, 2, 'fit', results='runs.csv')
+    lines = Path('runs.csv').read_text().splitlines(keepends=True)
+    Path('runs.csv').write_text(''.join(lines[:-1]))
+    before = Path('runs.csv').read_bytes()
+    with pytest.raises(ValueError, match="rows of .'train, seed 1'. are missing"):
+        bn_compare(get_learner, ['train'], 2, 2, 'fit', results='runs.csv')
+    assert Path('runs.csv').read_bytes() == before
+    Path('runs.csv').write_text(''.join(lines[:-2]))  # without the whole run, which is run again
+    again = bn_compare(get_learner, ['train'], 2, 2, 'fit', results='runs.csv')
+    pd.testing.assert_frame_equal(again.df.drop(columns='seconds'), whole.df.drop(columns='seconds'))
+
+
 def test_a_folder_in_the_place_of_results():
     Path('runs.csv').mkdir()
     for resume in (True, False):
