@@ -23,6 +23,9 @@ class Pretended(Tensor):
                 raise TypeError(TO_HOST)
             if name == 'double' or any(o is torch.float64 for o in (*args, kwargs.get('dtype'))):
                 raise TypeError(REFUSAL)  # also where it would be cast on its way to the CPU
+            if name == 'to' and any(str(o).startswith('mps') for o in (*args[1:], kwargs.get('device'))):
+                dtype = next((o for o in (*args, kwargs.get('dtype')) if isinstance(o, torch.dtype)), args[0].dtype)
+                return args[0] if dtype == args[0].dtype else args[0].type(dtype).as_subclass(cls)
             given = [o for o in tree_leaves((args, kwargs)) if isinstance(o, Tensor) and o.ndim]
             if name not in CROSSES + LOOKS and len({isinstance(o, Pretended) for o in given}) > 1:
                 raise RuntimeError(f'{name}: Expected all tensors to be on the same device, but found mps:0 and cpu!')

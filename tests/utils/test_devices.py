@@ -3,9 +3,12 @@
 from copy import deepcopy
 
 import pytest, torch
+from fastai.torch_core import set_seed
+from learners import body_and_head, make_learner
 from no_float64 import on_it, Pretended, REFUSAL
 from torch import nn, Tensor
 
+import bnfreeze_fastai.learner
 from bnfreeze_fastai.head.drawing import Undrawn
 from bnfreeze_fastai.head.fold import _check_folded, folded
 from bnfreeze_fastai.stats.distances import bn_drift, moved, snapshot
@@ -27,7 +30,6 @@ def pretended(monkeypatch):
         return real(self, *args, **kwargs) if there else on_it(self)
 
     monkeypatch.setattr(Tensor, 'to', to)
-    monkeypatch.setattr(torch.__future__, '_overwrite_module_params_on_conversion', True)  # `.data` cannot be moved
     return on_it
 
 
@@ -84,7 +86,28 @@ def test_distances_are_those_of_the_cpu(pretended):
     assert (bn_drift(there, start)['kl'] > 0).all() and (moved(there, start)['affine_moved'] > 0).all()
 
 
-def test_a_folded_copy_is_checked_on_the_cpu(pretended):
+def test_a_learner_trains_there_as_on_the_cpu(pretended):
+    "With its frozen part verified, statistics measured in the middle, and all of it in the summary"
+    found = []
+    for send in (lambda model: model, pretended):
+        set_seed(0)
+        learn = make_learner(model=send(body_and_head()))
+        learn.dls.device = 'cpu' if not found else 'mps'
+        learn.fit(1)
+        learn.freeze_to_bn(-1)
+        learn.recalibrate_bn(method='sequential')
+        frozen = [fingerprint(t) for t in learn.model[0].state_dict().values()]
+        set_seed(1)
+        learn.fit(2)
+        assert [fingerprint(t) for t in learn.model[0].state_dict().values()] == frozen
+        assert set(learn.bn_summary().df['mode']) == {'frozen', 'train'}
+        found.append(torch.cat([t.detach().cpu().flatten() for t in learn.model.parameters()]))
+    assert next(learn.model.parameters()).device.type == 'mps'
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_folded_copy_is_checked_on_the_cpu(pretended, monkeypatch):
+    monkeypatch.setattr(torch.__future__, '_overwrite_module_params_on_conversion', True)  # `.data` cannot go to the CPU
     model, x = pretended(network()[0]), pretended(batches()[0])
     with torch.no_grad():
         copy = folded([model], x)
