@@ -1,14 +1,14 @@
 # The commands of the project. `.venv` is made on first use, with the versions in requirements-dev.txt; PYTHON picks the
 # interpreter that it is made with.
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 OUT ?= .
 OLDEST := $(shell sed -n 's/^min_python = //p' settings.ini)
 # Two workers with a thread each; tests that share what is set up are in a group, which goes to one worker
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup
 CHECK := house/test_repo house/test_types test_core freeze/test_policy freeze/test_callback freeze/test_learner
 # mkdocs reads where pages and site are from the environment; the first variable silences advice to leave mkdocs
-MKDOCS := NO_MKDOCS_2_WARNING=1 DOCS_PAGES=$(abspath $(OUT))/_proc DOCS_SITE=$(abspath $(OUT))/_docs $(BIN)/mkdocs
+MKDOCS := NO_MKDOCS_2_WARNING=1 DOCS_PAGES="$(abspath $(OUT))/_proc" DOCS_SITE="$(abspath $(OUT))/_docs" $(BIN)/mkdocs
 
 .PHONY: demo check test upgrade versions soak sweep bench experiments advice notebooks readme docs pages site docs-serve dist chromium clean
 
@@ -63,8 +63,10 @@ advice: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m bench
 
-# After an edit in a notebook: export the modules, run and clean the notebooks, and make the README anew
+# After an edit in a notebook: export the modules, run and clean the notebooks, and make the README anew; tutorials get the cells
+# for Colab and Kaggle, which name the repository once its address is in pyproject.toml
 notebooks: .venv/installed
+	$(BIN)/python -W ignore -m docs hosted .
 	$(BIN)/nbdev-export
 	for nb in nbs/*.ipynb nbs/*/*.ipynb; do PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/exec_nb $$nb --dest $$nb --exc-stop || exit 1; done
 	$(BIN)/nbdev-clean

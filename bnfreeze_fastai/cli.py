@@ -14,7 +14,8 @@ __all__ = ['COMMANDS', 'demo', 'compare', 'find', 'main']
 
 # %% ../nbs/08_cli.ipynb #c7a6d12b
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from numbers import Integral
@@ -168,7 +169,17 @@ def find(
 # %% ../nbs/08_cli.ipynb #ed53bfc6
 COMMANDS = {'demo': demo, 'compare': compare, 'find': find}
 
+@contextmanager
+def _any_text() -> Iterator[None]:
+    "Whatever is printed can be: what the console's encoding lacks becomes `?`"
+    out,errors = sys.stdout,getattr(sys.stdout, 'errors', None)
+    if not hasattr(out, 'reconfigure'): return (yield) # a notebook's
+    out.reconfigure(errors='replace')
+    try: yield
+    finally: out.reconfigure(errors=errors)
+
 # %% ../nbs/08_cli.ipynb #fd755636
+@_any_text()
 def main(
     args:list[str]|None=None, # Arguments; `None` for those of the process
 ) -> None:

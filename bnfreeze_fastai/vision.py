@@ -10,6 +10,7 @@ __all__ = ['PRETRAINED', 'NONE', 'classes_of', 'find_images', 'check_architectur
 
 # %% ../nbs/07_vision.ipynb #25744900
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
@@ -19,25 +20,27 @@ from runpy import run_path
 import torch, torchvision
 from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, IndexSplitter, Learner, Normalize,
                                RandomSplitter, Resize, ResizeMethod, accuracy, create_timm_model, create_vision_model, default_split,
-                               get_image_files, imagenet_stats, model_meta, parent_label, verify_images)
+                               get_image_files, imagenet_stats, model_meta, parent_label, verify_image)
 from torch import Tensor, nn
 
+from .utils.batches import with_progress
 from .utils.restore import evaluating, kept_rng
 
 # %% ../nbs/07_vision.ipynb #cd21af8c
 def _split(data:Path, valid_pct:float|None) -> list[list[Path]]:
+    images = lambda folder: sorted(get_image_files(folder), key=lambda p: p.parts) # in one order on every system
     if not data.is_dir():
         near = get_close_matches(data.name, [p.name for p in data.parent.iterdir() if p.is_dir()]) if data.parent.is_dir() else []
         raise ValueError(f"There is no folder {data}" + (f"; there is {' and '.join(near)}." if near else ": check the path."))
     valid = next((k for k in ('valid', 'val') if (data/k).is_dir()), None)
     if (data/'train').is_dir():
         if valid is None: raise ValueError(f"{data} has a folder train, but none called valid: rename the one with the validation images.")
-        if valid_pct is None: return [sorted(get_image_files(data/k)) for k in ('train', valid)]
+        if valid_pct is None: return [images(data/k) for k in ('train', valid)]
         raise ValueError(f"{data} has its own validation images in {valid}: leave out the part for validation ({valid_pct}).")
     if valid_pct is None: raise ValueError(f"{data} has no folders train and valid: say how much to hold back for validation, as "
                                            "`valid_pct=0.2`, or `--valid-pct 0.2` on the command line.")
     if not 0 < valid_pct < 1: raise ValueError(f"The part for validation has to be between 0 and 1, not {valid_pct}.")
-    files = sorted(get_image_files(data))
+    files = images(data)
     return [[files[i] for i in part] for part in RandomSplitter(valid_pct, seed=0)(files)]
 
 def classes_of(files:Iterable[Path]) -> list[str]: return sorted({p.parent.name for p in files})
@@ -46,8 +49,7 @@ def _check(train:list[Path], valid:list[Path], data:Path):
     if not train or not valid: raise ValueError(f"There are no {'validation' if train else 'training'} images in {data}: it needs a folder "
                                                 "for each class with files such as .png or .jpg.")
     depths = {len(p.parts): str(p) for p in [*train, *valid]}
-    if len(depths) > 1: raise ValueError(f"Images lie at different depths of {data}, as {' and '.join(depths.values())}: put each into the "
-                                         "folder of its class, with no folders below.")
+    if len(depths) > 1: raise ValueError(f"Images lie at different depths ({', '.join(depths.values())}): put each right into its class.")
     classes,unknown = classes_of(train),', '.join(sorted({*classes_of(valid)} - {*classes_of(train)}))
     if unknown: raise ValueError(f"These classes have validation images, but none for training: {unknown}.")
     if len(classes) < 2: raise ValueError(f"There is one class only, {classes[0]}, in {data}: put the images of each class into a folder.")
@@ -60,7 +62,10 @@ def find_images(
     "The images of a folder; `ValueError` if it is missing, has no images, one class, or files that cannot be read"
     parts = _split(Path(data), valid_pct)
     _check(*parts, data) # before they are opened
-    if not (bad := {*verify_images(parts[0] + parts[1])}): return parts
+    files,threads = parts[0] + parts[1],ThreadPoolExecutor()
+    try: bad = {p for p,ok in zip(files, with_progress(threads.map(verify_image, files), len(files), True)) if not ok}
+    finally: threads.shutdown(cancel_futures=True)
+    if not bad: return parts
     listed = '\n'.join(f'  {p}' for p in sorted(bad))
     if not skip_unreadable: raise ValueError(f"{len(bad)} images cannot be read; mend them, or skip them:\n{listed}")
     print(f'Skipped, as they cannot be read:\n{listed}')

@@ -1,10 +1,11 @@
-"Writes the README (`python -m docs readme`) or the pages of the site (`python -m docs pages`), which mkdocs makes a site of"
+"Writes the README (`python -m docs readme .`), the pages that mkdocs makes a site of (`pages`), or what tutorials need elsewhere (`hosted`)"
 
 import shutil
 from pathlib import Path
 
 from fastcore.script import call_parse
 
+from docs.hosted import write_hosted
 from docs.links import site_links
 from docs.notebooks import NBS, page_name
 from docs.pages import markdown
@@ -27,13 +28,15 @@ def write_pages(to):
 
 @call_parse
 def main(
-    what: str,  # 'readme' or 'pages'
-    to: Path,  # Folder for the README, or for the folder `_proc` with the pages, which is made anew
+    what: str,  # 'readme', 'pages' or 'hosted'
+    to: Path,  # Folder for the README, for the folder `_proc` with the pages, which is made anew, or of `nbs`
 ):
     "Make Markdown of the notebooks"
     if what == 'readme':
         (to / 'README.md').write_text(markdown(NBS / 'index.ipynb')[0], encoding='utf-8')
     elif what == 'pages':
         write_pages(to / '_proc')
+    elif what == 'hosted':
+        write_hosted(to / 'nbs')
     else:
-        raise ValueError(f"{what!r} cannot be made: 'readme' or 'pages'")
+        raise ValueError(f"{what!r} cannot be made: 'readme', 'pages' or 'hosted'")

@@ -12,6 +12,8 @@ from bnfreeze_fastai.layers import MODES, norm_layers, stats_buffers
 
 torch.set_num_threads(1)
 
+on_linux = pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc, or sends signals that other systems lack')
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -1,6 +1,6 @@
 "The command `bnfreeze`, as a user types it"
 
-import json, re, shlex, shutil, signal, subprocess, sys, time
+import json, os, re, shlex, shutil, signal, subprocess, sys, time
 from functools import partial
 from pathlib import Path
 
@@ -273,3 +273,46 @@ def test_commands_on_pages_can_be_given(page):
         name, *args = shlex.split(command)
         if args:
             anno_parser(COMMANDS[name]).parse_args(args)
+
+
+def relabelled(folder):
+    "The folder of images under a name with a colon, a space and an umlaut, as are the classes"
+    shutil.move('pets', folder)
+    for path in folder.glob('*/cat'):
+        path.rename(path.with_name('Käse – ±'))
+    (folder / 'own net.py').write_text(NETWORK, encoding='utf-8')
+    (folder / 'train' / 'dog' / 'ü.png').write_bytes(b'no image')
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252'])
+@pytest.mark.parametrize('command', ['compare', 'find'])
+def test_awkward_names_on_a_console_that_cannot_print_them(pets, command, encoding):
+    folder = Path('bilder ü' if sys.platform == 'win32' else 'C:bilder ü')
+    relabelled(folder)
+    args = [
+        folder,
+        '--arch',
+        f'{folder / "own net.py"}:net',
+        *SMALL[2:],
+        '--epochs',
+        '1',
+        '--skip-unreadable',
+        '--out',
+        folder / 'found',
+    ]
+    args += ['--seeds', '1', '--modes', 'fastai,frozen'] if command == 'compare' else ['--fit', 'fit_one_cycle', '--epochs', '10']
+    env = dict(os.environ, PYTHONIOENCODING=encoding, PYTHONUTF8='0', OMP_NUM_THREADS='1')
+    res = subprocess.run([COMMAND, command, *args], capture_output=True, env=env)
+    assert res.returncode == 0, res.stderr.decode(encoding, 'replace')
+    out = res.stdout.decode(encoding)
+    assert ('?.png' if encoding == 'ascii' else 'ü.png') in out and 'Report: ' in out
+    report = (folder / 'found' / 'report.md').read_text(encoding='utf-8')
+    assert 'Käse – ±' in report and 'own net.py' in report
+
+
+def test_the_console_is_as_it_was_after_the_command(capsys):
+    before = sys.stdout.errors
+    with pytest.raises(SystemExit):
+        main(['demo', '--seeds', '0'])
+    main(['--help'])
+    assert sys.stdout.errors == before

@@ -52,6 +52,9 @@ class Script:
 
 def run(script, *args, **kwargs):
     "What `subprocess.run` gives"
+    if sys.platform != 'linux':  # Windows has no fork, and on macOS what is forked may not use the system's own libraries
+        folder, env = kwargs.pop('folder', '.'), dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg') | kwargs
+        return subprocess.run([sys.executable, str(script), *map(str, args)], cwd=folder, env=env, capture_output=True, text=True)
     process = Script(script, *args, **kwargs)
     out, err = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -9,15 +9,22 @@ from __future__ import annotations
 __all__ = ['GROWING', 'COLUMNS', 'write_whole', 'write_json', 'check_folder', 'Results']
 
 # %% ../../nbs/choose/02_results.ipynb #30a393f4
-import json, os
+import json, os, time
 from collections.abc import Mapping
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np, pandas as pd
 
 # %% ../../nbs/choose/02_results.ipynb #0bfe8777
+def _replace(part:Path, path:Path):
+    for _ in range(30):
+        try: return os.replace(part, path)
+        except PermissionError: time.sleep(0.1)
+    os.replace(part, path)
+
 def write_whole(
     path:Path, # Of the file
     text:str, # The whole content
@@ -30,7 +37,7 @@ def write_whole(
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, path)
+        _replace(part, path)
     except BaseException as e:
         with suppress(OSError): part.unlink(missing_ok=True)
         if not isinstance(e, OSError): raise
@@ -80,10 +87,10 @@ def check_folder(
 ) -> None:
     "Raise `ValueError` if files could not be written there"
     path = folder.absolute()
-    there = next(p for p in (path, *path.parents) if p.exists())
-    if there.is_dir() and os.access(there, os.W_OK | os.X_OK): return
-    raise ValueError(f"Nothing can be written to {folder}: {there} is {'read-only' if there.is_dir() else 'a file'}; give a folder that "
-                     "can be written to.")
+    there = next((p for p in (path, *path.parents) if p.exists()), Path(path.anchor)) # a drive may be missing
+    with suppress(OSError), TemporaryFile(dir=there): return
+    why = 'read-only' if there.is_dir() else 'a file' if there.exists() else 'not there'
+    raise ValueError(f"Nothing can be written to {folder}: {there} is {why}; give a folder that can be written to.")
 
 # %% ../../nbs/choose/02_results.ipynb #a7c1da5b
 class Results:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from .source import name_of, pipelines, split_of
+from ..utils.devices import device_rng
 
 # %% ../../nbs/head/06_drawing.ipynb #08254387
 def crops(
@@ -98,8 +99,8 @@ def refuse_random(
 def _generators() -> tuple:
     "The state of all shared generators"
     kind,keys,*rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state().numpy().tobytes() if torch.cuda.is_initialized() else b''
-    return random.getstate(),keys.tobytes(),*rest,torch.get_rng_state().numpy().tobytes(),cuda
+    states = [torch.get_rng_state(), *(state for *_,state in device_rng())]
+    return random.getstate(),keys.tobytes(),*rest,*(s.numpy().tobytes() for s in states)
 
 class Undrawn:
     "Calls `f`, and raises `ValueError` if it draws random numbers"

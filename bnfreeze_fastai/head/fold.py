@@ -39,6 +39,7 @@ from ..holds import Temporary, hold_of
 from ..layers import is_frozen_norm, keeps_stats
 from .cut import Cut
 from .part import WatchFrozen, frozen_part
+from ..utils.devices import has_float64
 from ..utils.restore import copied_buffers, evaluating, kept_rng
 from .resume import Features, relative_error
 
@@ -135,8 +136,9 @@ def _check_folded(copy:nn.Sequential, before:list[nn.Module], x:Tensor):
     "Raise `ValueError` if `copy` is off `before` in double precision by more than 1e-4, and by more than twice what `before` itself is"
     plain = nn.Sequential(*before)
     with evaluating(plain), torch.no_grad():
-        exact = deepcopy(plain, copied_buffers(plain)).double()(x.double())
-        off,own = (relative_error(y, exact) for y in (copy(_channels_last(x)), plain(x)))
+        home = x.device if has_float64(x.device) else torch.device('cpu')
+        exact = deepcopy(plain, copied_buffers(plain)).to(home).double()(x.to(home).double())
+        off,own = (relative_error(y.to(home), exact) for y in (copy(_channels_last(x)), plain(x)))
     if off > max(1e-4, 2*own):
         raise ValueError(f"Folded, the frozen part is off by {off:.1e} of the size of its output, more than 1e-4: code of its own uses "
                          "what a convolution gives before batch norm, or statistics are extreme. Train without this.")

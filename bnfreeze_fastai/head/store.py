@@ -9,9 +9,10 @@ from __future__ import annotations
 __all__ = ['leaves', 'Store']
 
 # %% ../../nbs/head/03_store.ipynb #8b2442b1
-import os, tempfile
+import errno, os, shutil, tempfile
 from collections.abc import Iterator, Mapping
 from math import prod
+from typing import BinaryIO
 
 import numpy as np, torch
 from fastai.torch_core import apply
@@ -28,11 +29,18 @@ def leaves(
         for o in batch: yield from leaves(o)
 
 # %% ../../nbs/head/03_store.ipynb #d5772db9
+def _reserve(f:BinaryIO, n_bytes:int):
+    "Take `n_bytes` of the disk; `OSError` if it has less"
+    if hasattr(os, 'posix_fallocate'): return os.posix_fallocate(f.fileno(), 0, n_bytes)
+    if n_bytes > shutil.disk_usage(tempfile.gettempdir()).free: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for start in range(0, n_bytes, 2**20): f.write(bytes(min(2**20, n_bytes-start)))
+    f.flush()
+
 def _mapped(shape:tuple[int, ...], dtype:torch.dtype) -> Tensor:
     "An empty tensor in a temporary file"
     n_bytes = max(prod(shape) * dtype.itemsize, 1)
     with tempfile.TemporaryFile(prefix='bnfreeze_') as f:
-        try: os.posix_fallocate(f.fileno(), 0, n_bytes) if hasattr(os, 'posix_fallocate') else f.truncate(n_bytes)
+        try: _reserve(f, n_bytes)
         except OSError as e:
             raise OSError(e.errno, f"{e.strerror}: {n_bytes/2**20:.0f} MiB of features fit neither into `max_mem` nor into "
                           f"{tempfile.gettempdir()}. Raise `max_mem`, halve them by `dtype=torch.float16`, or point TMPDIR to a larger disk"

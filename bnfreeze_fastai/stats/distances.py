@@ -35,7 +35,7 @@ def snapshot(
     "A copy of the running statistics and affine parameters of every norm layer"
     def copy(layer):
         tensors = {k: getattr(layer, k, None) for half in _HALVES.values() for k in half}
-        return {k: t.detach().to('cpu', torch.float64, copy=True) for k,t in tensors.items() if t is not None and not is_lazy(t)}
+        return {k: t.detach().cpu().to(torch.float64, copy=True) for k,t in tensors.items() if t is not None and not is_lazy(t)}
     return {n: copy(l) for n,l in norm_layers(model).items()}
 
 # %% ../../nbs/stats/07_distances.ipynb #9de84191

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..utils.devices import has_float64
+
 # %% ../../nbs/stats/00_moments.ipynb #e2fe1391
 class Moments(NamedTuple):
     "Moments per channel; tensors have shape (channels,)"
@@ -58,7 +60,7 @@ def _rows_by_shift(x:Tensor) -> tuple[Tensor, Tensor]:
 def _rows_by_kernel(x:Tensor) -> tuple[Tensor, Tensor]:
     "The same in one kernel"
     var,mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), -1, correction=0)
-    wide = torch.float32 if x.device.type == 'mps' else torch.float64 # Apple's GPUs have no float64
+    wide = torch.float64 if has_float64(x.device) else torch.float32
     return mean.to(wide),var.to(wide)*x.shape[-1]
 
 def _rows(x:Tensor) -> tuple[int, Tensor, Tensor]:

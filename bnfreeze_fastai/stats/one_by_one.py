@@ -71,7 +71,7 @@ class OneByOne(Observer):
 
     def new_stats(self, call:dict, name:str) -> dict[str, Tensor]: # Arguments by name; none if it is not known yet
         "What was found for a layer, in the types of its call"
-        return {k: t.to(call[k]) for k,t in self.known.get(name, {}).items()}
+        return {k: t.to(call[k].dtype).to(call[k].device) for k,t in self.known.get(name, {}).items()} # float64 stays on the CPU
 
     def forward(self, model:nn.Module, inputs:tuple) -> list[tuple[str, Moments]]:
         self.calls.clear()

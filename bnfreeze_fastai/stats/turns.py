@@ -19,18 +19,22 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..utils.devices import used_devices
+
 # %% ../../nbs/stats/03_turns.ipynb #b8f8f9b0
 def _thread_state() -> tuple:
     "Gradients, inference mode and autocast"
-    devices = ('cpu', 'cuda') if torch.cuda.is_initialized() else ('cpu',)
-    amp = tuple((d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in devices)
+    amp = tuple((d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in ('cpu', *used_devices()))
     return torch.is_grad_enabled(),torch.is_inference_mode_enabled(),amp
 
+def _current_devices() -> dict[str, int]: # By kind; Apple's processors have one, which nobody sets
+    return {k: getattr(torch, k).current_device() for k in used_devices() if k != 'mps'}
+
 @contextmanager
-def _with_state(state:tuple, device:int|None) -> Iterator[None]:
-    "This thread with the `state` of another one, and its CUDA device"
+def _with_state(state:tuple, devices:dict[str, int]) -> Iterator[None]:
+    "This thread with the `state` of another one, and its devices"
     grad,inference,amp = state
-    if device is not None: torch.cuda.set_device(device)
+    for kind,i in devices.items(): getattr(torch, kind).set_device(i)
     with torch.inference_mode(inference), torch.set_grad_enabled(grad), ExitStack() as stack:
         for d,dtype,on in amp: stack.enter_context(torch.autocast(d, dtype, on))
         yield
@@ -60,7 +64,7 @@ class InTurns:
         by_main:bool, # Whether the main thread makes the calls of PyTorch
     ):
         self.by_main,self.over,self.leaving = by_main,False,False # no longer wanted; the function knows
-        self.state,self.device = _thread_state(),torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self.state,self.devices = _thread_state(),_current_devices()
         self.questions,self.answers = SimpleQueue(),SimpleQueue()
         self.thread = Thread(target=copy_context().run, args=(self._run, f), daemon=True)
 
@@ -68,7 +72,7 @@ class InTurns:
         error = None
         try:
             if self.over: return
-            with _with_state(self.state, self.device): f()
+            with _with_state(self.state, self.devices): f()
         except _Over: pass
         except BaseException as e: error = e
         finally: self.questions.put(Ended(error))

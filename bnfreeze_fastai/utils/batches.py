@@ -13,10 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from numbers import Integral, Number, Real
 
-import psutil, torch
+import torch
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
+
+from .devices import free_memory
 
 # %% ../../nbs/utils/03_batches.ipynb #a3bc74bc
 def wrong(
@@ -91,9 +93,7 @@ def memory_for(
     device:str|torch.device='cpu', # Where
 ) -> float: # In bytes
     "How much memory may be used"
-    if max_mem is None:
-        free = torch.cuda.mem_get_info(device)[0] if torch.device(device).type == 'cuda' else psutil.virtual_memory().available
-        return free // 2
+    if max_mem is None: return free_memory(device) // 2
     if not isinstance(max_mem, Real) or isinstance(max_mem, bool) or not max_mem >= 0:
         raise ValueError(f"`max_mem` is a number of bytes, or None for half of what is free, not {max_mem!r}.")
     return max_mem

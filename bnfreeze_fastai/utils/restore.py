@@ -16,6 +16,7 @@ import numpy as np, torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .devices import device_rng, put_device_rng
 from .tensors import put_back
 
 # %% ../../nbs/utils/01_restore.ipynb #61f87407
@@ -43,13 +44,14 @@ def kept_rng(
     *loaders, # Data loaders whose own generators are kept as well
 ):
     "On leaving, the generators of Python, numpy, PyTorch and `loaders` are as they were on entering"
-    python,array,own = random.getstate(),np.random.get_state(),[(*g, _state(g[-1])) for l in loaders for g in _generators(l)]
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices): yield
+    python,array,cpu,devices = random.getstate(),np.random.get_state(),torch.get_rng_state(),device_rng()
+    own = [(*g, _state(g[-1])) for l in loaders for g in _generators(l)]
+    try: yield
     finally:
         random.setstate(python)
         np.random.set_state(array)
+        torch.set_rng_state(cpu)
+        put_device_rng(devices)
         for g in own: _restore(*g)
 
 # %% ../../nbs/utils/01_restore.ipynb #4541217d

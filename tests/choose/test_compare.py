@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch, warm
+from conftest import on_linux
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from learners import make_dls, make_learner
@@ -289,6 +290,7 @@ def clear_shared_memory(pid):
         shutil.rmtree(p)
 
 
+@on_linux
 @pytest.mark.parametrize('n_jobs', [1, 2])
 def test_a_killed_process_goes_on_without_loss(n_jobs):
     kept = None
@@ -311,6 +313,7 @@ def test_a_killed_process_goes_on_without_loss(n_jobs):
     pd.testing.assert_frame_equal(by_run(resumed), by_run(whole), rtol=1e-6)
 
 
+@on_linux
 @pytest.mark.parametrize('n_jobs', [1, 2])
 def test_ctrl_c_from_a_terminal(n_jobs):
     process = start(n_jobs)

@@ -4,6 +4,7 @@ import io, os, pickle, stat, tarfile, zipfile
 from pathlib import Path
 
 import pandas as pd, pytest, torch
+from conftest import on_linux
 from learners import make_learner
 from torch import nn
 
@@ -195,6 +196,7 @@ def test_names_in_a_results_file_are_shown_as_text():
     assert script not in shown and '&lt;script&gt;' in shown
 
 
+@on_linux
 @pytest.mark.parametrize('name', ['runs.csv.part', 'runs.json.part'])
 def test_a_link_laid_in_the_way_is_not_followed(name):
     Path('mine.txt').write_text('mine')
@@ -210,6 +212,7 @@ def test_what_a_killed_process_left_is_replaced():
     assert os.listdir() == ['x.txt'] and Path('x.txt').read_text() == 'whole'
 
 
+@on_linux
 def test_features_in_a_file_are_seen_by_nobody_else(monkeypatch):
     monkeypatch.setenv('TMPDIR', os.getcwd())
     monkeypatch.setattr('tempfile.tempdir', None)

@@ -1,6 +1,6 @@
 "Training on stored features is what training without them is, and leaves nothing behind"
 
-import gc, os, random, signal, subprocess, sys, tempfile
+import gc, os, random, signal, subprocess, sys
 from collections import Counter
 from copy import deepcopy
 from functools import partial
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import fastai.callback.schedule
 import numpy as np, pytest, torch
-from conftest import ROOT
+from conftest import on_linux, ROOT
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException, FetchPredsCallback, GatherPredsCallback
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.callback.fp16 import MixedPrecision
@@ -369,10 +369,6 @@ def test_one_augmented_version_of_crops(pictures):
 # --- memory
 
 
-def mapped_files():
-    return [l for l in Path('/proc/self/maps').read_text().splitlines() if 'bnfreeze' in l or ('/#' in l and tempfile.gettempdir() in l)]
-
-
 @pytest.mark.parametrize('max_mem', [0, 24 * 4 * 4 + 24 * 8])
 def test_file_in_place_of_memory(max_mem):
     def make():
@@ -399,6 +395,7 @@ with learn.precompute(max_mem=0):
 '''
 
 
+@on_linux
 def test_nothing_is_left_of_the_file_when_the_process_is_killed(tmp_path):
     script = KILLED.format(tests=str(ROOT / 'tests'))
     process = subprocess.Popen([sys.executable, '-c', script], env={**os.environ, 'TMPDIR': str(tmp_path)}, stdout=subprocess.PIPE)
@@ -409,6 +406,7 @@ def test_nothing_is_left_of_the_file_when_the_process_is_killed(tmp_path):
     assert [p for p in tmp_path.iterdir() if p.is_file()] == []
 
 
+@on_linux
 def test_the_file_goes_with_the_block():
     learn = small()
     before = Path('/proc/self/maps').read_text().count('(deleted)')

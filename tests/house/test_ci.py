@@ -3,9 +3,9 @@
 import os, shutil, signal, subprocess, time
 
 import pytest
-from conftest import ROOT
+from conftest import on_linux, ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, on_linux]
 
 README = """# Toy
 

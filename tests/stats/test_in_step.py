@@ -4,6 +4,7 @@ import gc, signal, threading, time, warnings
 from copy import deepcopy
 
 import pytest, torch, torch.nn.functional as F
+from conftest import on_linux
 from fastai.callback.hook import hook_output
 from learners import bits, same
 from torch import nn
@@ -289,6 +290,7 @@ def test_a_model_that_catches_everything():
         recalibrate_bn(model, images(), method='sequential', progress=False)
 
 
+@on_linux
 @pytest.mark.parametrize('where', ['in a call', 'between calls'])
 def test_ctrl_c(where):
     "A signal, while the model computes or a thread is in Python"
