@@ -13,6 +13,7 @@ from .fusion.fuse import fused_bn
 from .layers import MODES, bn_layers, norm_layers
 from .plots import plot_bn_drift, plot_differences, plot_gains, plot_score_curves, plot_scores
 from .stats.distances import bn_drift, snapshot
+from .stats.momentum import set_bn_momentum
 from .stats.recalibrate import convert_bn, recalibrate_bn
 from .stats.shift import bn_shift
 from .sync import revert_sync_bn

@@ -48,6 +48,7 @@ from bnfreeze_fastai.layers import (
 )
 from bnfreeze_fastai.stats.distances import moved, symmetric_kl
 from bnfreeze_fastai.stats.measure import layers_with_stats
+from bnfreeze_fastai.stats.momentum import Momenta
 from bnfreeze_fastai.stats.recalibrate import Drift
 from bnfreeze_fastai.stats.shift import BatchNormShift
 from bnfreeze_fastai.utils.ranks import all_ranks
@@ -124,6 +125,11 @@ def statistics(model: nn.Module, batches: list[tuple[Tensor, Tensor]], loader: t
     assert_type(recalibrate_bn(model, (x for _ in range(3))), Drift)
     assert_type(symmetric_kl(x, x, x, x), Tensor)
     bn_drift(model)  # reportCallIssue
+    with set_bn_momentum(model, 20, layers='0.*') as before:
+        assert_type(before, Momenta)
+    assert_type(set_bn_momentum(model, half_life=None)['0.1'], float | None)
+    set_bn_momentum(model)  # reportCallIssue
+    set_bn_momentum(model, '20')  # reportArgumentType
     bn_drift(model, bn_drift(model, start))  # reportArgumentType
     assert_type(convert_bn(model, batches, ['0.1'], n_batches=2), Drift)
     convert_bn(model, batches, 3)  # reportArgumentType
