@@ -10,6 +10,7 @@ from .freeze.fuse import BatchNormFuse
 from .freeze.in_force import modes_in_force
 from .freeze.policy import Policy
 from .fusion.fuse import fused_bn
+from .health import check as _check # the method `bn_check`
 from .layers import MODES, bn_layers, norm_layers
 from .plots import plot_bn_drift, plot_differences, plot_gains, plot_score_curves, plot_scores
 from .stats.distances import bn_drift, snapshot

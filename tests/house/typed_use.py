@@ -27,6 +27,8 @@ from bnfreeze_fastai.freeze.policy import check_policy, layer_modes, ModeSpec, t
 from bnfreeze_fastai.freeze.stages import check_schedule, Stages, stages
 from bnfreeze_fastai.freeze.summary import BatchNormSummary
 from bnfreeze_fastai.fusion.fuse import Fusion, kept_bytes, refuse_fusion
+from bnfreeze_fastai.health import check
+from bnfreeze_fastai.health.report import BatchNormCheck
 from bnfreeze_fastai.layers import (
     affine_params,
     BN_TYPES,
@@ -248,6 +250,9 @@ def methods_of_a_learner(learn: Learner, batches: list[tuple[Tensor, Tensor]]):
     for m in MODES:
         learn.freeze_to_bn(-1, bn=m)
     summary: BatchNormSummary = learn.bn_summary()
+    report: BatchNormCheck = learn.bn_check(epochs=3)
+    assert_type([f.layers for f in report.findings], list[tuple[str, ...]])
+    assert_type((report.df, report.title), tuple[pd.DataFrame, str])
     assert_type(summary.df, pd.DataFrame)
     assert_type(summary.title, str)
     start = learn.bn_snapshot()
@@ -280,6 +285,8 @@ def signatures_of_the_methods(learn: Learner, batches: list[tuple[Tensor, Tensor
     with methods.precompute(learn, n_aug=4, max_mem=2e9, dtype=torch.float16) as inside, methods.fold_frozen(learn) as faster:
         assert_type((inside, faster), tuple[Learner, Learner])
     assert_type(methods.fuse_bn(learn), Learner)
+    assert_type(check.bn_check(learn, epochs=3), BatchNormCheck)
+    check.bn_check(learn, 'all')  # reportArgumentType
     methods.freeze_to_bn(learn, 'head')  # reportArgumentType
     methods.freeze_to_bn(learn, -1, bn={'0.*': True})  # reportArgumentType
     methods.recalibrate_bn(learn, dl=3)  # reportArgumentType
