@@ -8,9 +8,9 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['first_batch', 'Sizes', 'sizes_of', 'Seen', 'seen_by_layers']
 
-# %% ../../nbs/health/01_batches.ipynb #155e34da
+# %% ../../nbs/health/01_batches.ipynb #ccccd949
 import inspect, warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import partial
@@ -51,7 +51,7 @@ def first_batch(
         for batch in dl: return batch
     raise ValueError('the loader yields nothing: look at its dataset, its batch size and `drop_last`')
 
-# %% ../../nbs/health/01_batches.ipynb #4d14c1e6
+# %% ../../nbs/health/01_batches.ipynb #0ec5eea1
 class Sizes(NamedTuple):
     "What a loader says of its batches; `None` where it does not say"
     batch:int|None # samples
@@ -63,19 +63,15 @@ def sizes_of(
     inputs:tuple=(), # One of its batches, if it could be had
 ) -> Sizes:
     "The sizes of the batches of `dl`"
-    seen = next((len(t) for t in tensors_in(inputs) if t.dim()), None)
-    bs,samples = (_number(lambda: next(v for k in names if (v := getattr(dl, k, None)) is not None))
-                  for names in (('bs', 'batch_size'), ('n',)))
-    if isinstance(dl, TorchLoader): samples = _number(lambda: len(dl.sampler))
-    steps = _number(lambda: len(dl))
-    last = samples % bs if bs and samples and not getattr(dl, 'drop_last', False) else 0
-    return Sizes(seen or bs, last or None, steps)
+    bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
+    samples = _length(dl.sampler) if isinstance(dl, TorchLoader) else getattr(dl, 'n', None)
+    if not bs: return Sizes(next((len(t) for t in tensors_in(inputs) if t.dim()), None), None, _length(dl))
+    last = samples % bs if samples and samples > bs and not dl.drop_last else 0
+    return Sizes(min(bs, samples or bs), last or None, _length(dl))
 
-def _number(f:Callable[[], Any]) -> int|None:
-    "What `f` says, if that is a whole number"
-    try: n = f()
-    except Exception: return None
-    return n if isinstance(n, int) and n >= 0 else None
+def _length(o) -> int|None:
+    try: return len(o)
+    except TypeError: return None # it has none, or raises, as PyTorch's loader of an iterable dataset
 
 # %% ../../nbs/health/01_batches.ipynb #53901b39
 class Seen(NamedTuple):

@@ -27,8 +27,9 @@ from .statistics import LIMITS, STATISTICS
 from ..stats.momentum import steps_until
 from ..utils.batches import wrong
 
-# %% ../../nbs/health/04_check.ipynb #278f6561
+# %% ../../nbs/health/04_check.ipynb #8dec4cd3
 def unseen(s:Setup) -> Finding|None:
+    "What could not be looked at"
     if s.why and s.layers: return Finding('note', f'{s.why:.300}', (),
         'So what the layers are given in training is not known. All other checks were made.',
         'See that `learn.model(learn.dls.one_batch()[0])` works.')

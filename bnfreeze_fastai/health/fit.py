@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['FIT', 'accumulation', 'processes', 'replicas', 'checkpointing', 'averaged_weights', 'decayed', 'unknown',
            'frozen_but_moving', 'frozen_but_decaying']
 
-# %% ../../nbs/health/03a_fit.ipynb #a98cfd8d
+# %% ../../nbs/health/03a_fit.ipynb #98c7dc29
 import re
 from math import inf
 
@@ -21,17 +21,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ..freeze.callback import active_callback
-from .report import Finding, few_of
+from .report import Finding, first_names
 from .setup import Setup, callback_named, devices_of, is_synced
 from .statistics import LIMITS
 from ..holds import holds_on
 from ..utils.ranks import is_distributed
 
-# %% ../../nbs/health/03a_fit.ipynb #7694a749
+# %% ../../nbs/health/03a_fit.ipynb #05d72223
 def _small(s:Setup) -> list[str]: # Names of batch norm layers that normalise few samples
     return [n for n,l in s.layers.items() if n in s.by_batch and isinstance(l, _BatchNorm) and (s.samples(n) or inf) < LIMITS.samples]
 
 def accumulation(s:Setup) -> Finding|None:
+    "Large steps of small batches"
     named = lambda cb: isinstance(cb, GradientAccumulation) or 'accumul' in type(cb).__name__.lower()
     small,cb = tuple(_small(s)),next((cb for cb in s.learn.cbs if named(cb)), None)
     if cb is not None and small and not getattr(active_callback(s.learn), 'accumulate', False):
@@ -40,6 +41,7 @@ def accumulation(s:Setup) -> Finding|None:
             '`BatchNormFreeze(accumulate=True)` pools the statistics; or larger batches; or fixed statistics, as by `learn.freeze_to_bn`.')
 
 def processes(s:Setup) -> Finding|None:
+    "Small batches of each process"
     wrapped = isinstance(s.learn.model, DistributedDataParallel) or callback_named(s.learn, 'DistributedTrainer') is not None
     names = tuple(n for n in _small(s) if not is_synced(s.learn, s.layers[n]))
     if names and (wrapped or is_distributed()): return Finding('warning', f'each process normalises its own {s.sizes.batch} samples', names,
@@ -47,13 +49,15 @@ def processes(s:Setup) -> Finding|None:
         '`nn.SyncBatchNorm.convert_sync_batchnorm(model)`, or `learn.distrib_ctx(sync_bn=True)`.')
 
 def replicas(s:Setup) -> Finding|None:
+    "Batches that are split"
     n,names = devices_of(s.learn),tuple(n for n,l in s.layers.items() if n in s.by_batch and isinstance(l, _BatchNorm))
     if n > 1 and names: return Finding('warning' if _small(s) else 'note', f'`DataParallel` splits each batch over {n} devices', names,
         f'Each replica normalises its part of {s.samples(names[0])} samples, and only the statistics of the first replica are kept.',
         '`DistributedDataParallel` (`learn.distrib_ctx()`), with `SyncBatchNorm` where the parts are small.')
 
-# %% ../../nbs/health/03a_fit.ipynb #0268ab5b
+# %% ../../nbs/health/03a_fit.ipynb #651796f7
 def checkpointing(s:Setup) -> Finding|None:
+    "Layers whose statistics move twice"
     if active_callback(s.learn) is not None: return
     names,trains = [],False
     for n,m in s.groups.modules.items():
@@ -69,6 +73,7 @@ _AVERAGES = re.compile(r'(?<![A-Z])(EMA|SWA)(?![A-Z](?![a-z]))|(Ema|Swa)(?![a-z]
 def _averages(o) -> bool: return any(_AVERAGES.search(c.__name__) for c in type(o).__mro__)
 
 def averaged_weights(s:Setup) -> Finding|None:
+    "Statistics of other weights"
     cbs = [cb for cb in s.learn.cbs if _averages(cb) or any(map(_averages, vars(cb).values()))]
     if cbs and s.moving and callback_named(s.learn, 'BatchNormRecalibrate') is None:
         return Finding('warning', f'`{type(cbs[0]).__name__}` averages weights, and their statistics will be stale',
@@ -77,13 +82,14 @@ def averaged_weights(s:Setup) -> Finding|None:
             'arXiv 1803.05407).',
             '`BatchNormRecalibrate`; or `learn.recalibrate_bn()` once the averaged weights are in the model.')
 
-# %% ../../nbs/health/03a_fit.ipynb #ded4df0f
+# %% ../../nbs/health/03a_fit.ipynb #109a7595
 def _decay(s:Setup, p:nn.Parameter) -> float: # The weight decay that a step applies to `p`
     opt,group = s.learn.opt,s.groups.group_of.get(p)
     if group is None or not isinstance(opt, OptimWrapper) and not opt.state.get(p, {}).get('do_wd', True): return 0.
     return opt.hypers[group].get('wd', 0.) if s.learn.wd is None else s.learn.wd
 
 def decayed(s:Setup) -> Finding|None:
+    "Batch norm that is pulled to zero"
     names = tuple(n for n in s.layers if any(p.requires_grad and not is_lazy(p) and _decay(s, p) for p in s.groups.affine[n]))
     if names: return Finding('note', 'weight decay on weight and bias of batch norm', names,
         'It pulls them to 0, away from what pretraining found, and regularises nothing: the next layer can scale up again (He et al. 2019, '
@@ -91,18 +97,20 @@ def decayed(s:Setup) -> Finding|None:
         '`Learner(…, wd_bn_bias=False)`; with an optimizer of torch, or `SyncBatchNorm`, a parameter group of their own without decay.')
 
 def unknown(s:Setup) -> Finding|None:
+    "Layers that stay as they are, unasked"
     lost = [n for n,p in s.groups.model.named_parameters() if p.requires_grad and p not in s.groups.group_of]
     names = tuple(n for n,own in s.groups.affine.items() if any(p.requires_grad and p not in s.groups.group_of for p in own))
-    if lost: return Finding('warning', f'parameters that train, but are not in the optimizer: {few_of(lost)}', names,
+    if lost: return Finding('warning', f'parameters that train, but are not in the optimizer: {first_names(lost)}', names,
         'They were added or thawed after the optimizer was made, or the splitter leaves them out. They stay as they are.',
         '`learn.create_opt()`, or a `splitter` that returns them.')
 
-# %% ../../nbs/health/03a_fit.ipynb #41145097
+# %% ../../nbs/health/03a_fit.ipynb #829ad27b
 def _remedy(s:Setup) -> str:
     n = 1 + max((s.groups.by_layer[n] for n in s.frozen), default=-1)
     return f'`learn.freeze_to_bn({n})`' if 0 < n < len(s.groups.lists) else '`learn.add_cb(BatchNormFreeze())`'
 
 def frozen_but_moving(s:Setup) -> Finding|None:
+    "A frozen part that is not"
     if active_callback(s.learn) is not None: return
     names = tuple(n for n,l in s.layers.items() if n in s.frozen and n in s.moving and not holds_on(l))
     if not names: return
@@ -119,6 +127,7 @@ def _pulled(s:Setup, p:nn.Parameter) -> bool: # By gradients of before
     return average is not None and bool(average.any())
 
 def frozen_but_decaying(s:Setup) -> Finding|None:
+    "Frozen weights that are not"
     if active_callback(s.learn) is not None: return
     stepped = lambda p: not p.requires_grad and p.grad is not None and (_decay(s, p) or _pulled(s, p))
     lost = {p for group in s.groups.lists for p in group if stepped(p)}

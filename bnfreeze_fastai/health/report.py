@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['SEVERITIES', 'Finding', 'few_of', 'BatchNormCheck']
+__all__ = ['SEVERITIES', 'Finding', 'first_names', 'BatchNormCheck']
 
 # %% ../../nbs/health/00_report.ipynb #018ace11
 import re
@@ -27,8 +27,8 @@ class Finding(NamedTuple):
     why:str # it hurts, with figures and their source
     remedy:str # what to do, in code where there is some
 
-# %% ../../nbs/health/00_report.ipynb #2f1d18f9
-def few_of(
+# %% ../../nbs/health/00_report.ipynb #af325ea5
+def first_names(
     names:Iterable[str], # Of layers
     n:int=3, # How many to name
 ) -> str:
@@ -54,12 +54,12 @@ class BatchNormCheck:
 
     def __repr__(self) -> str:
         def told(f):
-            where = f' ({few_of(f.layers)})' if f.layers else ''
+            where = f' ({first_names(f.layers)})' if f.layers else ''
             return f'{f.severity}: {f.what}{where}\n    why: {f.why}\n    remedy: {f.remedy}'
         return '\n'.join(filter(None, [self.title, *map(told, self.findings), self._end()]))
 
     def _repr_html_(self) -> str:
-        short = self.df.assign(layers=[few_of(f.layers) for f in self.findings])
+        short = self.df.assign(layers=[first_names(f.layers) for f in self.findings])
         with pd.option_context('display.max_colwidth', None):
             table = short.to_html(index=False, notebook=False, border=0) if self.findings else f'<p>{self._end()}</p>'
         return re.sub('`([^`]+)`', r'<code>\1</code>', f'<p>{escape(self.title, quote=False)}</p>{table}')

@@ -10,7 +10,7 @@ __all__ = ['LIMITS', 'STATISTICS', 'Limits', 'one_value', 'few_samples', 'last_b
            'last_batches_only', 'not_finite', 'untrained_and_held', 'nothing_to_hold', 'switched_off', 'half_precision',
            'dead_but_varying', 'constant_input']
 
-# %% ../../nbs/health/03_statistics.ipynb #c3edfbd4
+# %% ../../nbs/health/03_statistics.ipynb #0649b311
 from math import inf, sqrt
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from .batches import Seen
-from .report import Finding, few_of
+from .report import Finding, first_names
 from .setup import Setup
 from ..layers import keeps_stats, never_trained, stats_buffers, updates_stats
 from ..stats.momentum import share_left, steps_until
@@ -37,30 +37,33 @@ class Limits(NamedTuple):
 
 LIMITS = Limits()
 
-# %% ../../nbs/health/03_statistics.ipynb #6f24039a
+# %% ../../nbs/health/03_statistics.ipynb #0acaec5d
 _FIX = ("hold the statistics of pretrained layers, as by `learn.freeze_to_bn(-1, bn_above={'0.*': 'affine-only', '*': 'train'})`")
 
 def one_value(s:Setup) -> Finding|None:
+    "A layer that torch refuses to run in training"
     names = tuple(n for n in s.layers if n in s.by_batch and (v := s.values(n)) is not None and v <= 1)
     if names: return Finding('error', 'one value per channel in a training batch', names,
         'torch raises "Expected more than 1 value per channel when training" (instance norm: "more than 1 spatial element").',
         f'Larger batches or images; or {_FIX}.')
 
-# %% ../../nbs/health/03_statistics.ipynb #d6ee8e0f
+# %% ../../nbs/health/03_statistics.ipynb #172e0721
 def few_samples(s:Setup) -> Finding|None:
+    "Layers that normalise with noise"
     of = {n: min((k for k in (s.samples(n), s.values(n)) if k is not None), default=inf) for n,l in s.layers.items()
           if n in s.by_batch and isinstance(l, _BatchNorm)}
     names = sorted((n for n,k in of.items() if k < LIMITS.samples and s.values(n) not in (0, 1)), key=lambda n: (of[n], s.values(n) or inf))
     if not names: return
     k,v = s.samples(names[0]),s.values(names[0])
     noise = f' A variance of {v} independent values is off by about {sqrt(2/(v-1)):.0%}.' if v and v < 100 else ''
-    told = [f'{k} samples']*(k is not None) + [f'{v} values per channel in {few_of(names[:1])}']*(v is not None)
+    told = [f'{k} samples']*(k is not None) + [f'{v} values per channel in {first_names(names[:1])}']*(v is not None)
     return Finding('warning', f"small batches: {', '.join(told)}", tuple(names),
         f'Statistics of so few are noise.{noise} ResNet-50 on ImageNet: 23.7% error with 16 images per worker, 24.8 with 8, 27.3 with 4, '
         '34.7 with 2 (Wu & He 2018).', f'Larger batches; or {_FIX}.')
 
-# %% ../../nbs/health/03_statistics.ipynb #81fb0d28
+# %% ../../nbs/health/03_statistics.ipynb #2ad6260d
 def last_batch(s:Setup) -> Finding|None:
+    "A smaller last batch that raises, or that spoils the statistics before each validation"
     last,batch = s.sizes.last,s.sizes.batch
     if not last or last >= LIMITS.last or not batch or batch < LIMITS.last: return
     names = tuple(n for n,l in s.layers.items() if n in s.by_batch and isinstance(l, _BatchNorm))
@@ -70,8 +73,9 @@ def last_batch(s:Setup) -> Finding|None:
         'torch raises "Expected more than 1 value per channel when training" at the end of the first epoch.', remedy)
     if names: return Finding('warning', what, names, 'Its statistics are noise, and they are the newest when validation starts.', remedy)
 
-# %% ../../nbs/health/03_statistics.ipynb #a58872be
+# %% ../../nbs/health/03_statistics.ipynb #de70608b
 def lagging(s:Setup) -> Finding|None:
+    "Statistics that the fit is too short for"
     if not s.sizes.steps: return
     moving,steps = {n: s.layers[n] for n in s.layers if n in s.moving},s.sizes.steps*(s.epochs or LIMITS.epochs)
     left = {n: share for n,l in moving.items() if (s.epochs or _is_slow(l)) and LIMITS.left < (share := share_left(l, steps)) < 1}
@@ -80,7 +84,7 @@ def lagging(s:Setup) -> Finding|None:
     worst,fresh = names[0],any(never_trained(moving[n]) for n in names)
     return Finding('warning' if s.epochs and fresh else 'note',
         f'statistics that lag: {left[worst]:.0%} is still what it is now after {steps} steps', names,
-        f"{few_of([worst])} has {_told_momentum(moving[worst])} and needs {steps_until(moving[worst], LIMITS.left)} steps until "
+        f"{first_names([worst])} has {_told_momentum(moving[worst])} and needs {steps_until(moving[worst], LIMITS.left)} steps until "
         f"{LIMITS.left:.0%} is left of what is stored now{', in some layers the initial mean 0 and variance 1' if fresh else ''}. "
         'Evaluation uses what is stored.',
         f'`set_bn_momentum(learn.model, half_life={max(1, steps//5)})`, or exact statistics after the fit by `learn.recalibrate_bn()`, '
@@ -91,14 +95,16 @@ def _told_momentum(layer:nn.Module) -> str:
     if layer.momentum is not None: return f'momentum {layer.momentum:.3g}'
     return f'a cumulative average over {int(layer.num_batches_tracked)} batches'
 
-# %% ../../nbs/health/03_statistics.ipynb #cf902092
+# %% ../../nbs/health/03_statistics.ipynb #59e3fda1
 def never_moving(s:Setup) -> Finding|None:
+    "Layers whose momentum keeps their statistics where they are"
     names = tuple(n for n in s.layers if n in s.moving and steps_until(s.layers[n], LIMITS.left) == inf)
     if names: return Finding('warning', 'statistics that no batch moves, by their momentum', names,
         'In training these layers normalise with the batch, in evaluation with statistics that stay as they are.',
         '`set_bn_momentum(learn.model, half_life=20)`; or, to use fixed statistics in training too, the mode `\'affine-only\'`.')
 
 def last_batches_only(s:Setup) -> Finding|None:
+    "Statistics that are an average over next to nothing"
     fast = {n: m for n in s.layers if n in s.moving and (m := s.layers[n].momentum) is not None and m > LIMITS.momentum}
     if not fast: return
     m = max(fast.values())
@@ -106,11 +112,12 @@ def last_batches_only(s:Setup) -> Finding|None:
         f'With momentum {m:.3g} they are as noisy as a plain average over {(2-m)/m:.2g} batches.',
         '`set_bn_momentum(learn.model, half_life=20)`, or `learn.recalibrate_bn()` after the fit.')
 
-# %% ../../nbs/health/03_statistics.ipynb #c57cee4d
+# %% ../../nbs/health/03_statistics.ipynb #89a526c5
 def _stats(layer:nn.Module) -> list[torch.Tensor]: # Those with values
     return [b for k,b in stats_buffers(layer).items() if k != 'num_batches_tracked' and not is_lazy(b) and not b.is_meta]
 
 def not_finite(s:Setup) -> Finding|None:
+    "Layers that give NaN in evaluation"
     bad = lambda l: any(not b.isfinite().all() for b in _stats(l)) or bool((_var(l) < 0).any())
     names = tuple(n for n,l in s.groups.norms.items() if _stats(l) and bad(l))
     if names: return Finding('error', 'statistics that are not finite, or a negative variance', names,
@@ -122,24 +129,28 @@ def _var(layer:nn.Module) -> torch.Tensor: # Shape (channels,); empty if there i
     return torch.empty(0) if var is None or is_lazy(var) or var.is_meta else var
 
 def untrained_and_held(s:Setup) -> Finding|None:
+    "Layers that are held at mean 0 and variance 1"
     names = tuple(n for n,l in s.layers.items() if n in s.held and len(_var(l)) and never_trained(l))
     if names: return Finding('warning', 'fixed statistics that were never trained', names,
         'They are still mean 0 and variance 1, no batch tracked: held, these layers normalise nothing.',
         "Load pretrained weights; or `learn.recalibrate_bn()` first; or give these layers the mode 'train'.")
 
 def nothing_to_hold(s:Setup) -> Finding|None:
+    "Layers that cannot keep what their mode promises"
     names = tuple(n for n,l in s.layers.items() if n in s.held and isinstance(l, _BatchNorm) and not keeps_stats(l))
     if names: return Finding('warning', 'a mode that promises fixed statistics, on layers without any', names,
         'With `track_running_stats=False`, batch norm normalises with the batch in every mode, and in evaluation.',
         '`BatchNorm2d(…, track_running_stats=True)`, then `learn.recalibrate_bn()`.')
 
 def switched_off(s:Setup) -> Finding|None:
+    "Layers that train and evaluate on different statistics"
     names = tuple(n for n,l in s.layers.items() if n in s.by_batch and keeps_stats(l) and not updates_stats(l))
     if names: return Finding('warning', 'statistics that no batch moves, by `track_running_stats`', names,
         'It was switched off on these layers: in training they normalise with the batch, in evaluation with what is stored.',
         'Set `track_running_stats = True` on them.')
 
 def half_precision(s:Setup) -> Finding|None:
+    "Statistics that round away what they should follow"
     low = {n: b[0].dtype for n,l in s.layers.items() if (b := _stats(l)) and torch.finfo(b[0].dtype).bits < 32}
     if not low: return
     dtype = next(iter(low.values()))
@@ -148,13 +159,14 @@ def half_precision(s:Setup) -> Finding|None:
         f'numbers above {torch.finfo(dtype).max:.3g} overflow.',
         'Keep the model in float32 and train with `learn.to_fp16()` or `learn.to_bf16()`, which leave batch norm in float32.')
 
-# %% ../../nbs/health/03_statistics.ipynb #992d7207
+# %% ../../nbs/health/03_statistics.ipynb #f1b3550b
 def _dead_but_varying(layer:nn.Module, seen:Seen|None) -> int: # Channels
     own = _var(layer)
     if seen is None or seen.var is None or not len(own): return 0
     return int(((own < layer.eps) & (seen.var.to(own) > LIMITS.scale*(own + layer.eps))).sum())
 
 def dead_but_varying(s:Setup) -> Finding|None:
+    "Channels that fixed statistics blow up"
     found = {n: k for n,l in s.layers.items() if n in s.held and (k := _dead_but_varying(l, s.seen.get(n)))}
     if found: return Finding('warning',
         f'channels with next to no stored variance that vary in your data: {sum(found.values())}', tuple(found),
@@ -162,6 +174,7 @@ def dead_but_varying(s:Setup) -> Finding|None:
         '`learn.recalibrate_bn()` before training; `learn.bn_shift()` shows how far the data is from the statistics.')
 
 def constant_input(s:Setup) -> Finding|None:
+    "Inputs that are all alike"
     first = next(iter(s.seen), None)
     if first is None or s.seen[first].var is None or (s.seen[first].var >= s.layers[first].eps).any(): return
     return Finding('warning', 'a training batch with next to no variance in any channel', (first,),
