@@ -22,6 +22,7 @@ EXTERNAL = {  # what is left unknown by fastai and pandas, which have no `py.typ
         'Type unknown for variable "bnfreeze_fastai.freeze.callback.BatchNormFreeze.order"'
     ],  # one more than fastai's
     'active_callback': [PARTLY],  # a fastai Callback
+    'bn_check': [PARTLY],  # has a DataFrame
     'bn_compare': ['Type of parameter "policies" is partially unknown', PARTLY],  # functions of a Learner; has a DataFrame
     'bn_summary': [PARTLY],  # has a DataFrame
     'recalibrate_bn': [PARTLY],  # is a DataFrame
@@ -70,7 +71,7 @@ def symbols(tmp_path_factory):
     return told['symbols']
 
 
-OFFERED = PUBLIC | {'BatchNormShift', 'BatchNormSummary', 'Drift'}  # also classes that functions return
+OFFERED = PUBLIC | {'BatchNormCheck', 'BatchNormShift', 'BatchNormSummary', 'Drift'}  # also classes that functions return
 
 
 def public(name):
@@ -78,7 +79,7 @@ def public(name):
     path = name.removeprefix('bnfreeze_fastai.').split('.')
     at = next((i for i, part in enumerate(path) if part in OFFERED | METHODS), len(path))
     module, inner = '.'.join(path[:at]), '.'.join(path[at:])
-    offered = inner and (path[at] in OFFERED or module in ('learner', 'choose.find'))
+    offered = inner and (path[at] in OFFERED or module in ('learner', 'choose.find', 'health.check'))
     return inner if offered else path[1] if path[0] == 'digits' and len(path) == 2 else 'main' if path == ['cli', 'main'] else None
 
 

@@ -27,6 +27,8 @@ from bnfreeze_fastai.freeze.policy import check_policy, layer_modes, ModeSpec, t
 from bnfreeze_fastai.freeze.stages import check_schedule, Stages, stages
 from bnfreeze_fastai.freeze.summary import BatchNormSummary
 from bnfreeze_fastai.fusion.fuse import Fusion, kept_bytes, refuse_fusion
+from bnfreeze_fastai.health import check
+from bnfreeze_fastai.health.report import BatchNormCheck
 from bnfreeze_fastai.layers import (
     affine_params,
     BN_TYPES,
@@ -48,6 +50,7 @@ from bnfreeze_fastai.layers import (
 )
 from bnfreeze_fastai.stats.distances import moved, symmetric_kl
 from bnfreeze_fastai.stats.measure import layers_with_stats
+from bnfreeze_fastai.stats.momentum import Momenta
 from bnfreeze_fastai.stats.recalibrate import Drift
 from bnfreeze_fastai.stats.shift import BatchNormShift
 from bnfreeze_fastai.utils.ranks import all_ranks
@@ -124,6 +127,11 @@ def statistics(model: nn.Module, batches: list[tuple[Tensor, Tensor]], loader: t
     assert_type(recalibrate_bn(model, (x for _ in range(3))), Drift)
     assert_type(symmetric_kl(x, x, x, x), Tensor)
     bn_drift(model)  # reportCallIssue
+    with set_bn_momentum(model, 20, layers='0.*') as before:
+        assert_type(before, Momenta)
+    assert_type(set_bn_momentum(model, half_life=None)['0.1'], float | None)
+    set_bn_momentum(model)  # reportCallIssue
+    set_bn_momentum(model, '20')  # reportArgumentType
     bn_drift(model, bn_drift(model, start))  # reportArgumentType
     assert_type(convert_bn(model, batches, ['0.1'], n_batches=2), Drift)
     convert_bn(model, batches, 3)  # reportArgumentType
@@ -242,6 +250,9 @@ def methods_of_a_learner(learn: Learner, batches: list[tuple[Tensor, Tensor]]):
     for m in MODES:
         learn.freeze_to_bn(-1, bn=m)
     summary: BatchNormSummary = learn.bn_summary()
+    report: BatchNormCheck = learn.bn_check(epochs=3)
+    assert_type([f.layers for f in report.findings], list[tuple[str, ...]])
+    assert_type((report.df, report.title), tuple[pd.DataFrame, str])
     assert_type(summary.df, pd.DataFrame)
     assert_type(summary.title, str)
     start = learn.bn_snapshot()
@@ -274,6 +285,8 @@ def signatures_of_the_methods(learn: Learner, batches: list[tuple[Tensor, Tensor
     with methods.precompute(learn, n_aug=4, max_mem=2e9, dtype=torch.float16) as inside, methods.fold_frozen(learn) as faster:
         assert_type((inside, faster), tuple[Learner, Learner])
     assert_type(methods.fuse_bn(learn), Learner)
+    assert_type(check.bn_check(learn, epochs=3), BatchNormCheck)
+    check.bn_check(learn, 'all')  # reportArgumentType
     methods.freeze_to_bn(learn, 'head')  # reportArgumentType
     methods.freeze_to_bn(learn, -1, bn={'0.*': True})  # reportArgumentType
     methods.recalibrate_bn(learn, dl=3)  # reportArgumentType
