@@ -20,6 +20,7 @@ Modules:
 - `bnfreeze_fastai.stats.distances`: How far running statistics, weight and bias have moved since a snapshot
 - `bnfreeze_fastai.stats.recalibrate`: Set running statistics to those of your data, exactly
 - `bnfreeze_fastai.stats.shift`: How foreign your data is to a network, layer by layer, before any training
+- `bnfreeze_fastai.stats.switch`: Put running statistics back, or switch between those of several domains
 - `bnfreeze_fastai.sync`: Back from SyncBatchNorm to plain batch norm"""
 
 __version__ = "0.1.0"

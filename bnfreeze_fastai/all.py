@@ -15,4 +15,5 @@ from .plots import plot_bn_drift, plot_differences, plot_gains, plot_score_curve
 from .stats.distances import bn_drift, snapshot
 from .stats.recalibrate import convert_bn, recalibrate_bn
 from .stats.shift import bn_shift
+from .stats.switch import bn_restore, bn_stats, flat_snapshot
 from .sync import revert_sync_bn
