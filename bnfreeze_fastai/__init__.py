@@ -15,6 +15,7 @@ Modules:
 - `bnfreeze_fastai.fusion.fuse`: Train through fixed statistics at the cost of a convolution
 - `bnfreeze_fastai.head.fold`: A faster frozen part, for when it has to run in every epoch
 - `bnfreeze_fastai.head.precompute`: Train the head at the speed of the head: run the frozen part once
+- `bnfreeze_fastai.health.gap`: Training is fine, validation is terrible: how much of that is batch norm's, in which layers, and why
 - `bnfreeze_fastai.layers`: What a norm layer is, its two halves, its name, and the four modes
 - `bnfreeze_fastai.learner`: Freeze with a policy, and work on running statistics, by methods of every Learner
 - `bnfreeze_fastai.stats.distances`: How far running statistics, weight and bias have moved since a snapshot

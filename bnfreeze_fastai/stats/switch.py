@@ -10,7 +10,7 @@ A network that works on images of two scanners, or by day and by night, can keep
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Values', 'flat_snapshot', 'fitting', 'having', 'bn_stats', 'bn_restore']
+__all__ = ['flat_snapshot', 'bn_stats', 'bn_restore']
 
 # %% ../../nbs/stats/12_switch.ipynb #1989de44
 from collections.abc import Iterator, Mapping
@@ -61,14 +61,10 @@ def _misfits(modules:Mapping[str, nn.Module], chosen:Mapping[str, nn.Module], gi
 
 def _kept(layer:nn.Module) -> list[str]: return [k for k in _STATS if getattr(layer, k, None) is not None]
 
-Values = Mapping[nn.Module, Mapping[str, Tensor]] # layer to its statistics by name
+_Values = dict[nn.Module, dict[str, Tensor]] # layer to its statistics by name
 
-def fitting(
-    model:nn.Module, # Any model
-    snapshot:Snapshot|Mapping[str, Tensor], # In either form; one that does not fit raises `ValueError`
-    layers:str='*', # Glob over the dotted names of norm layers
-) -> dict[nn.Module, dict[str, Tensor]]: # Layer to its statistics by name, in the types of the layer
-    "What `snapshot` has for the layers of `model` that `layers` picks"
+def _fitting(model:nn.Module, snapshot:Snapshot|Mapping[str, Tensor], layers:str) -> _Values:
+    "What `snapshot` has for the layers of `model` that `layers` picks, in their types"
     chosen,given = layers_with_stats(model, layers),_by_layer(snapshot)
     given = {n: tensors for n,tensors in given.items() if fnmatchcase(n, layers)}
     if misfits := _misfits(named_modules(model), chosen, given):
@@ -81,7 +77,7 @@ def fitting(
 
 # %% ../../nbs/stats/12_switch.ipynb #323b6780
 @torch.no_grad()
-def _put(values:Values):
+def _put(values:_Values):
     try:
         for layer,tensors in values.items():
             for k,t in tensors.items(): getattr(layer, k).copy_(t)
@@ -89,20 +85,9 @@ def _put(values:Values):
         _put(values)
         raise
 
-def _stored(values:Values) -> Values:
+def _stored(values:_Values) -> _Values:
     "What the layers have now in place of `values`"
     return {l: {k: getattr(l, k).detach().clone() for k in tensors} for l,tensors in values.items()}
-
-@contextmanager
-def having(
-    values:Values, # From `fitting`
-) -> Iterator[None]:
-    "Layers have these statistics inside the block, and on leaving those that they had"
-    old = _stored(values)
-    try:
-        _put(values)
-        yield
-    finally: _put(old)
 
 @contextmanager
 def bn_stats(
@@ -111,7 +96,12 @@ def bn_stats(
     layers:str='*', # Glob over the dotted names of norm layers; the others keep their statistics
 ) -> Iterator[nn.Module]: # `model`
     "Inside the block, `model` has the running statistics of `snapshot`; on leaving, its own, to the bit"
-    with having(fitting(model, snapshot, layers)): yield model
+    values = _fitting(model, snapshot, layers)
+    old = _stored(values)
+    try:
+        _put(values)
+        yield model
+    finally: _put(old)
 
 def bn_restore(
     model:nn.Module, # Any model
@@ -119,7 +109,7 @@ def bn_restore(
     layers:str='*', # Glob over the dotted names of norm layers; the others keep their statistics
 ) -> None:
     "Put the running statistics of `snapshot` back; weights, bias and modes stay as they are"
-    values = fitting(model, snapshot, layers)
+    values = _fitting(model, snapshot, layers)
     old = _stored(values)
     try: _put(values)
     except BaseException:

@@ -258,6 +258,11 @@ def methods_of_a_learner(learn: Learner, batches: list[tuple[Tensor, Tensor]]):
     plot_bn_drift(pd.concat(drifts), ax=ax)
     with learn.precompute(n_aug=4, max_mem=2e9, dtype=torch.float16), learn.fold_frozen():
         learn.fuse_bn().fit_one_cycle(1)
+    gap: BatchNormGap = learn.bn_gap(n_batches=20)
+    assert_type((gap.gap, gap.verdict, gap.df), tuple[float, str, pd.DataFrame])
+    for cause in gap.causes:
+        assert_type((cause.name, cause.why, cause.remedy), tuple[str, str, str])
+    assert_type(plot_bn_gap(gap.layers, gap.df, ax=gap.plot()), Axes)
     found: Found = learn.bn_find(epochs=5, plot=False)
     assert_type(found.apply(learn), Learner)
     assert_type((found.suggestion, found.gain, found.low, found.high), tuple[str, float, float, float])
