@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['shuffled', 'moving_layers', 'depths', 'Look', 'look']
 
-# %% ../../nbs/health/07_figures.ipynb #b1d88df6
+# %% ../../nbs/health/07_figures.ipynb #77ff0b59
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -20,6 +20,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from torch import Tensor, nn
 
+from ..freeze.callback import active_callback
 from ..freeze.in_force import modes_in_force
 from ..head.in_fit import batches_of
 from ..head.loaders import in_order
@@ -55,15 +56,15 @@ def _batches(learn:Learner, ds_idx:int, n:int|None) -> dict[str, Any]|None: # `b
     how = batches_of(learn, ds_idx, shuffled(learn.dls[ds_idx]) if ds_idx else None)
     return how | dict(batches=_First(how['batches'], n))
 
-# %% ../../nbs/health/07_figures.ipynb #45f0c031
+# %% ../../nbs/health/07_figures.ipynb #338959a3
 def _modes(learn:Learner) -> dict[str, str]: # Name of each norm layer to its mode
-    "The modes in force, which a policy knows by the parameter groups of an optimizer"
-    had_opt = learn.opt is not None
+    "The modes in force; a policy knows them by the parameter groups of an optimizer, which is made for the moment if there is none"
+    for_now = learn.opt is None and active_callback(learn) is not None
     try:
-        if not had_opt: learn.create_opt()
+        if for_now: learn.create_opt()
         return modes_in_force(learn)
     finally:
-        if not had_opt: learn.opt = None
+        if for_now: learn.opt = None
 
 def moving_layers(
     learn:Learner,

@@ -69,7 +69,7 @@ def joined(
     values,sizes = zip(*parts)
     return Losses(torch.cat(values), torch.cat(sizes))
 
-# %% ../../nbs/health/05_losses.ipynb #d1919f97
+# %% ../../nbs/health/05_losses.ipynb #599aec46
 def _reduction(loss_func) -> str|None:
     if hasattr(loss_func, 'reduction'): return loss_func.reduction
     return getattr(loss_func, 'keywords', {}).get('reduction') # of a `partial`
@@ -79,8 +79,8 @@ def _of_samples(learn:Learner, pred, yb:tuple, n:int, total:bool) -> Tensor|None
         with learn.loss_not_reduced(): each = learn.loss_func(pred, *yb)
     except Exception: return None # it takes no `reduction`: with its own, it has just run
     if not isinstance(each, Tensor) or not each.dim() or each.numel() % n: return None
-    each = each.detach().double().cpu().reshape(n, -1)
-    return each.sum(1) if total else each.mean(1)
+    each = each.detach().reshape(n, -1)
+    return (each.sum(1) if total else each.mean(1)).cpu().double()
 
 def losses_of(
     learn:Learner,
@@ -90,7 +90,7 @@ def losses_of(
 ) -> Losses:
     "The losses of a batch, with the mean that the Learner's loss function gives"
     total = _reduction(learn.loss_func) == 'sum'
-    loss = torch.as_tensor(learn.loss_func(pred, *yb)).detach().double().mean().cpu() / (n if total else 1)
+    loss = torch.as_tensor(learn.loss_func(pred, *yb)).detach().mean().cpu().double() / (n if total else 1)
     each = _of_samples(learn, pred, yb, n, total)
     if each is None: return Losses(loss[None], torch.tensor([n]))
     if not each.isfinite().all() or not loss.isfinite(): each = loss.expand(n)

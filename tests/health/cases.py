@@ -1,6 +1,7 @@
 "Learners whose gap has a known cause, trained for a few seconds on made data"
 
 import copy
+from functools import cache
 
 import torch
 from fastai.callback.progress import ProgressCallback
@@ -93,3 +94,13 @@ CASES = dict(
     normalised_otherwise=normalised_otherwise,
     overfitted=overfitted,
 )
+
+
+@cache
+def _trained(case):
+    return CASES[case]()
+
+
+def trained(case):
+    "A Learner of its own"
+    return copy.deepcopy(_trained(case))

@@ -3,7 +3,7 @@
 import copy, pickle, random, re
 
 import matplotlib.pyplot as plt, numpy as np, pytest, timm, torch
-from cases import CASES, learner, net, samples
+from cases import CASES, learner, net, samples, trained
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.data.core import DataLoaders
@@ -40,7 +40,7 @@ def losses(gap):
 
 @pytest.mark.parametrize('case', CASES)
 def test_a_known_cause_is_named_and_no_other(case):
-    learn = CASES[case]()
+    learn = trained(case)
     gap = learn.bn_gap()
     found, said = KNOWN[case]
     assert names(gap) == found and re.search(said, gap.verdict), gap.verdict
@@ -54,9 +54,7 @@ def test_a_known_cause_is_named_and_no_other(case):
 
 
 def test_several_causes_at_once_the_largest_first():
-    x, y = samples(64, noise=3)
-    learn = learner((x, y), samples(512, noise=3, seed=1), net(width=32))
-    learn.fit(40)
+    learn = trained('overfitted')
     for layer in bn_layers(learn.model):
         layer.running_mean += 0.5 * layer.running_var.sqrt()
     gap = learn.bn_gap()
@@ -96,7 +94,7 @@ def test_no_false_alarm_on_little_data(seed, sizes):
 
 
 def test_a_difference_within_its_noise_is_not_called():
-    learn = CASES['overfitted']()
+    learn = trained('overfitted')
     learn.dls.valid = learner(samples(8), samples(2, noise=3, seed=1)).dls.valid
     gap = learn.bn_gap()
     assert names(gap) == [] and gap.gap > 0.1 and gap.verdict.startswith('Cannot tell: the gap does not stand out')
@@ -134,7 +132,7 @@ def test_figures_by_hand():
 
 
 def test_layers_by_hand():
-    learn = CASES['averaged_weights']()
+    learn = trained('averaged_weights')
     learn.dls = DataLoaders(DataLoader(TensorDataset(*samples(96)), batch_size=32), device='cpu')
     layers = learn.bn_gap().layers
     new = copy.deepcopy(learn.model)
@@ -381,7 +379,7 @@ def test_what_is_fixed_makes_no_gap():
 
 def test_without_a_validation_set():
     for valid in (None, samples(0)):
-        learn = CASES['low_momentum']()
+        learn = trained('low_momentum')
         learn.dls = learner(samples(512), valid).dls
         gap = learn.bn_gap()
         assert names(gap) == ['stale statistics'] and 'no validation samples' in gap.notes[0]
@@ -405,7 +403,7 @@ def test_statistics_that_are_not_finite():
     learn.model[4].running_mean[0] = float('nan')
     gap = learn.bn_gap()
     assert names(gap)[0] == 'stale statistics' and "Those of ['4'] are not finite" in gap.verdict and repr(gap)
-    learn = CASES['healthy']()
+    learn = trained('healthy')
     learn.model[4].reset_running_stats()
     assert "Those of ['4'] were never trained" in learn.bn_gap().verdict
 
@@ -427,7 +425,7 @@ class Stream(IterableDataset):
 
 
 def test_iterable_datasets_that_never_give_the_same_twice():
-    learn = CASES['healthy']()
+    learn = trained('healthy')
     learn.dls = DataLoaders(*[DataLoader(Stream(256), batch_size=32)] * 2, device='cpu')
     assert names(learn.bn_gap()) == [] and names(learn.bn_gap(n_batches=4)) == []
     for layer in bn_layers(learn.model):
@@ -448,7 +446,7 @@ def test_a_validation_set_in_the_order_of_its_classes():
     "Its first batch has one class, which says nothing of the others"
     x, y = samples(512, seed=1)
     order = y.argsort()
-    learn = CASES['healthy']()
+    learn = trained('healthy')
     learn.dls.valid = learner(samples(8), (x[order], y[order])).dls.valid
     torch.manual_seed(0)
     few, all_of = losses(learn.bn_gap(n_batches=4)), losses(learn.bn_gap())
@@ -497,7 +495,7 @@ def test_inside_precompute():
 
 
 def test_shown_copied_and_drawn():
-    learn = CASES['low_momentum']()
+    learn = trained('low_momentum')
     gap = learn.bn_gap()
     for shown in (repr(gap), gap._repr_html_()):
         for text in ('Training loss', 'momentum is too low', 'generalisation', 're-estimated', 'log_var_ratio', 'forward passes'):
