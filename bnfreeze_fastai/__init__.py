@@ -16,12 +16,14 @@ Modules:
 - `bnfreeze_fastai.head.fold`: A faster frozen part, for when it has to run in every epoch
 - `bnfreeze_fastai.head.precompute`: Train the head at the speed of the head: run the frozen part once
 - `bnfreeze_fastai.health.check`: A report card before training: what about this model, these batches and these callbacks will hurt batch norm
+- `bnfreeze_fastai.health.gap`: Training is fine, validation is terrible: how much of that is batch norm's, in which layers, and why
 - `bnfreeze_fastai.layers`: What a norm layer is, its two halves, its name, and the four modes
 - `bnfreeze_fastai.learner`: Freeze with a policy, and work on running statistics, by methods of every Learner
 - `bnfreeze_fastai.stats.distances`: How far running statistics, weight and bias have moved since a snapshot
 - `bnfreeze_fastai.stats.momentum`: How fast running statistics follow the data, told in training steps
 - `bnfreeze_fastai.stats.recalibrate`: Set running statistics to those of your data, exactly
 - `bnfreeze_fastai.stats.shift`: How foreign your data is to a network, layer by layer, before any training
+- `bnfreeze_fastai.stats.switch`: Put running statistics back, or switch between those of several domains
 - `bnfreeze_fastai.sync`: Back from SyncBatchNorm to plain batch norm"""
 
 __version__ = "0.1.0"

@@ -11,10 +11,12 @@ from .freeze.in_force import modes_in_force
 from .freeze.policy import Policy
 from .fusion.fuse import fused_bn
 from .health import check as _check # the method `bn_check`
+from .health.gap import BatchNormGap # and the method `bn_gap`
 from .layers import MODES, bn_layers, norm_layers
-from .plots import plot_bn_drift, plot_differences, plot_gains, plot_score_curves, plot_scores
+from .plots import plot_bn_drift, plot_bn_gap, plot_differences, plot_gains, plot_score_curves, plot_scores
 from .stats.distances import bn_drift, snapshot
 from .stats.momentum import set_bn_momentum
 from .stats.recalibrate import convert_bn, recalibrate_bn
 from .stats.shift import bn_shift
+from .stats.switch import bn_restore, bn_stats, flat_snapshot
 from .sync import revert_sync_bn

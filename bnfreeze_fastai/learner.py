@@ -13,7 +13,7 @@ from __future__ import annotations
 __all__ = []
 
 # %% ../nbs/05_learner.ipynb #663b7600
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,14 +26,14 @@ from torch.nn.parameter import is_lazy
 
 from . import plots
 from .head import fold
-from .stats import distances, recalibrate, shift
+from .stats import distances, recalibrate, shift, switch
 from .freeze.callback import BatchNormFreeze, active_callback
 from .freeze.drift import BatchNormDrift
 from .freeze.fuse import BatchNormFuse
 from .freeze.groups import Groups, pretrained_norms
 from .freeze.guard import level_slow_weights
 from .freeze.point import check_freeze_point
-from .freeze.policy import ModeSpec, Policy, check_policy
+from .freeze.policy import ModeSpec, Policy, check_policy, with_train
 from .freeze.summary import BatchNormSummary, summarise
 from .fusion.fuse import refuse_fusion
 from .layers import affine_params, norm_layers
@@ -110,9 +110,18 @@ def bn_shift(self:Learner,
 
 # %% ../nbs/05_learner.ipynb #2438e59a
 @patch
-def bn_snapshot(self:Learner) -> dict[str, dict[str, Tensor]]: # Name of each norm layer to a copy of its tensors; pass it to `bn_drift`
+def bn_snapshot(self:Learner) -> dict[str, dict[str, Tensor]]: # Name of each norm layer to its tensors, for `bn_drift` and `bn_restore`
     "A copy of the running statistics and affine parameters of every norm layer"
     return distances.snapshot(self.model)
+
+@patch
+def bn_restore(self:Learner,
+    snapshot:Snapshot|Mapping[str, Tensor], # From `bn_snapshot`, or flat as a `state_dict`; one that does not fit raises `ValueError`
+    layers:str='*', # Glob over the dotted names of norm layers; the others keep their statistics
+) -> Learner: # `self`
+    "Put the running statistics of `snapshot` back; weight, bias and modes stay as they are"
+    switch.bn_restore(self.model, snapshot, layers)
+    return self
 
 # %% ../nbs/05_learner.ipynb #7d49a1f8
 @patch
@@ -158,14 +167,9 @@ def convert_bn(self:Learner,
         raise
     level_slow_weights(self.opt, {p for n,l in norm_layers(self.model).items() if n in chosen for p in affine_params(l)})
     if cb is None: self.add_cb(cb := BatchNormFreeze())
-    cb.set_policy(cb.bn_policy._replace(bn=_with_train(cb.bn_policy.bn, layers)), keep_trained=True)
+    cb.set_policy(cb.bn_policy._replace(bn=with_train(cb.bn_policy.bn, layers)), keep_trained=True)
     cb.apply()
     return self
-
-def _with_train(bn:ModeSpec, layers:str|None) -> ModeSpec:
-    "`bn` with the mode `'train'` for what the glob `layers` picks, or for all"
-    if layers is None: return 'train'
-    return {layers: 'train', **{glob: mode for glob,mode in ({'*': bn} if isinstance(bn, str) else bn).items() if glob != layers}}
 
 # %% ../nbs/05_learner.ipynb #894defbf
 @patch

@@ -8,7 +8,7 @@ With these functions you draw the results of this package into your own figures.
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['plot_scores', 'plot_differences', 'plot_score_curves', 'plot_gains', 'plot_bn_drift']
+__all__ = ['plot_scores', 'plot_differences', 'plot_score_curves', 'plot_gains', 'plot_bn_drift', 'plot_bn_gap']
 
 # %% ../nbs/04_plots.ipynb #55794ceb
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
@@ -134,4 +134,24 @@ def plot_bn_drift(
     ax.set_ylabel(value)
     ax.set_ylim(bottom=0, auto=True) # further lines may rise above
     ax.grid(axis='y', alpha=0.3)
+    return ax
+
+# %% ../nbs/04_plots.ipynb #db017465
+def plot_bn_gap(
+    layers:pd.DataFrame, # From `bn_gap`: `layer`, and `loss` with all layers up to it re-estimated
+    losses:pd.DataFrame, # From `bn_gap`: `samples`, `statistics`, `loss`
+    ax:Axes|None=None, # Axes to draw into; made if not given
+) -> Axes: # The axes drawn into
+    "The loss of training samples against the depth to which statistics are re-estimated"
+    _check(layers, ('layer', 'loss'), 'from `bn_gap`', ax)
+    _check(losses, ('samples', 'statistics', 'loss'), 'from `bn_gap`', ax)
+    if ax is None: _,ax = plt.subplots(figsize=(6, 3.5), layout='constrained')
+    of_train = losses[losses['samples'] == 'train'].set_index('statistics')['loss']
+    measured = layers['loss'].reset_index(drop=True).dropna()
+    ax.plot([0, *(measured.index+1)], [of_train['stored'], *measured], 'o-', ms=4, label='evaluation')
+    if 'batch' in of_train: ax.axhline(of_train['batch'], color='grey', ls=':', label='each batch with its own')
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel='layers with re-estimated statistics, from the first on', ylabel='loss of training samples')
+    ax.grid(axis='y', alpha=0.3)
+    ax.legend()
     return ax

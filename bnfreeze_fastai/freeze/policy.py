@@ -8,7 +8,7 @@ With a **policy** you say what batch norm does on each side of the freeze point.
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ModeSpec', 'SIDES', 'Policy', 'check_policy', 'told_policy', 'layer_modes']
+__all__ = ['ModeSpec', 'SIDES', 'Policy', 'check_policy', 'told_policy', 'with_train', 'layer_modes']
 
 # %% ../../nbs/freeze/01_policy.ipynb #428dc1e3
 from collections.abc import Mapping, Sequence, Set
@@ -67,6 +67,14 @@ def told_policy(
 ) -> dict[str, ModeSpec|bool]: # As for `freeze_to_bn`
     "What a policy says, without `throughout` where it is off"
     return {k: v for k,v in policy._asdict().items() if v is not False}
+
+def with_train(
+    bn:ModeSpec,
+    layers:str|None, # Glob over dotted names; all if not given
+) -> ModeSpec:
+    "`bn` with the mode `'train'` for what `layers` picks"
+    if layers is None: return 'train'
+    return {layers: 'train', **{glob: mode for glob,mode in ({'*': bn} if isinstance(bn, str) else bn).items() if glob != layers}}
 
 # %% ../../nbs/freeze/01_policy.ipynb #81ac58a2
 def layer_modes(

@@ -164,8 +164,8 @@ class WatchFrozen(Callback):
     def before_validate(self) -> None: self.before_train()
 
 # %% ../../nbs/head/09_part.ipynb #2af3172b
-_CHANGES = ('freeze', 'freeze_to', 'unfreeze', 'freeze_to_bn', 'recalibrate_bn', 'convert_bn', 'export', 'precompute', 'fold_frozen',
-            'bn_find')
+_CHANGES = ('freeze', 'freeze_to', 'unfreeze', 'freeze_to_bn', 'recalibrate_bn', 'convert_bn', 'bn_restore', 'export', 'precompute',
+            'fold_frozen', 'bn_find')
 
 def _raise(name:str, inside:str, *args, **kwargs):
     raise RuntimeError(f"`{name}` inside `with learn.{inside}()`, where the frozen part has to stay as it is: leave the block first.")

@@ -10,7 +10,7 @@ Find out where training has moved a network, and whether a layer that should be 
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Snapshot', 'snapshot', 'symmetric_kl', 'by_channel', 'compared', 'bn_drift', 'moved']
+__all__ = ['Snapshot', 'snapshot', 'symmetric_kl', 'by_channel', 'compared', 'check_snapshot', 'bn_drift', 'moved']
 
 # %% ../../nbs/stats/07_distances.ipynb #e58cf9c5
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..utils.batches import wrong
-from ..layers import norm_layers
+from ..layers import norm_layers, stats_buffers
 
 # %% ../../nbs/stats/07_distances.ipynb #a8de43c0
 _HALVES = {'stats': ('running_mean', 'running_var'), 'affine': ('weight', 'bias')}
@@ -32,10 +32,13 @@ Snapshot = Mapping[str, Mapping[str, Tensor]] # name of each norm layer to its t
 def snapshot(
     model:nn.Module, # Any model
 ) -> dict[str, dict[str, Tensor]]: # Name of each norm layer to its tensors by name, each of shape (channels,), on the CPU in float64
-    "A copy of the running statistics and affine parameters of every norm layer"
+    "A copy of the running statistics, with their count of batches, and of the affine parameters of every norm layer"
     def copy(layer):
         tensors = {k: getattr(layer, k, None) for half in _HALVES.values() for k in half}
-        return {k: t.detach().cpu().to(torch.float64, copy=True) for k,t in tensors.items() if t is not None and not is_lazy(t)}
+        found = {k: t for k,t in (tensors | stats_buffers(layer)).items() if t is not None}
+        if any(map(is_lazy, found.values())): return {}
+        exact = lambda t: torch.float64 if t.is_floating_point() else t.dtype
+        return {k: t.detach().cpu().to(exact(t), copy=True) for k,t in found.items()}
     return {n: copy(l) for n,l in norm_layers(model).items()}
 
 # %% ../../nbs/stats/07_distances.ipynb #9de84191
@@ -80,10 +83,14 @@ def compared(
 # %% ../../nbs/stats/07_distances.ipynb #68c19ace
 _TAKE_ONE = 'give a snapshot of this model, taken by `learn.bn_snapshot()` or `snapshot(model)`'
 
-def _check_snapshot(since):
-    is_one = isinstance(since, Mapping) and all(isinstance(s, Mapping) and all(isinstance(t, Tensor) for t in s.values())
-                                                for s in since.values())
-    if not is_one: raise wrong('since', since, 'a snapshot, tensors by name for each layer', _TAKE_ONE)
+def check_snapshot(
+    given, # Anything
+    name:str='since', # Of the argument
+) -> None:
+    "Raise `ValueError` for what is no snapshot"
+    is_one = isinstance(given, Mapping) and all(isinstance(s, Mapping) and all(isinstance(t, Tensor) for t in s.values())
+                                                for s in given.values())
+    if not is_one: raise wrong(name, given, 'a snapshot, tensors by name for each layer', _TAKE_ONE)
 
 def bn_drift(
     model:nn.Module, # The model as it is now
@@ -91,7 +98,7 @@ def bn_drift(
 ) -> pd.DataFrame: # `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats); NaN where the snapshot has no such layer
     "How far the running statistics of each layer are from those in a snapshot; exactly 0 where nothing has moved"
     layers,now = norm_layers(model),snapshot(model)
-    _check_snapshot(since)
+    check_snapshot(since)
     if layers and not layers.keys() & since.keys():
         raise ValueError(f"`since` has none of the model's norm layers ({', '.join(list(layers)[:6])}): {_TAKE_ONE}.")
     return compared({n: l for n,l in layers.items() if 'running_mean' in now[n]}, now, since)
@@ -103,7 +110,7 @@ def moved(
 ) -> pd.DataFrame: # `layer`, `stats_moved` (nats), `affine_moved` (units of weight and bias); NaN where the layer has no such half
     "How far the two halves of each norm layer have moved since a snapshot; exactly 0 where nothing has"
     layers,now = norm_layers(model),snapshot(model)
-    _check_snapshot(since)
+    check_snapshot(since)
     kl = compared(layers, now, since).set_index('layer')['kl']
     def affine_moved(name):
         new,old = now[name],since.get(name, {})

@@ -79,7 +79,7 @@ def public(name):
     path = name.removeprefix('bnfreeze_fastai.').split('.')
     at = next((i for i, part in enumerate(path) if part in OFFERED | METHODS), len(path))
     module, inner = '.'.join(path[:at]), '.'.join(path[at:])
-    offered = inner and (path[at] in OFFERED or module in ('learner', 'choose.find', 'health.check'))
+    offered = inner and (path[at] in OFFERED or module in ('learner', 'choose.find', 'health.check', 'health.gap'))
     return inner if offered else path[1] if path[0] == 'digits' and len(path) == 2 else 'main' if path == ['cli', 'main'] else None
 
 

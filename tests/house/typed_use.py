@@ -139,6 +139,12 @@ def statistics(model: nn.Module, batches: list[tuple[Tensor, Tensor]], loader: t
     recalibrate_bn(model, batches, preserve='yes')  # reportArgumentType
     recalibrate_bn(model, batches, ds_idx=1)  # reportCallIssue
     plot_bn_drift(snapshot(model))  # reportArgumentType
+    with bn_stats(model, start, layers='0.*') as switched:
+        assert_type(switched, nn.Module)
+    assert_type(bn_restore(model, flat_snapshot(start)), None)
+    bn_restore(model, model.state_dict())
+    bn_restore(model, [start])  # reportArgumentType
+    flat_snapshot(model)  # reportArgumentType
 
 
 def policies(model: nn.Module, groups: list[list[nn.Parameter]]):
@@ -256,12 +262,18 @@ def methods_of_a_learner(learn: Learner, batches: list[tuple[Tensor, Tensor]]):
     assert_type(summary.df, pd.DataFrame)
     assert_type(summary.title, str)
     start = learn.bn_snapshot()
+    learn.bn_restore(start, layers='0.*')
     learn.convert_bn(n_batches=4).fine_tune(3)
     drifts: list[pd.DataFrame] = [learn.recalibrate_bn(ds_idx=0, layers='0.*'), learn.bn_shift(dl=batches), learn.bn_drift(start)]
     ax: Axes = learn.plot_bn_drift()
     plot_bn_drift(pd.concat(drifts), ax=ax)
     with learn.precompute(n_aug=4, max_mem=2e9, dtype=torch.float16), learn.fold_frozen():
         learn.fuse_bn().fit_one_cycle(1)
+    gap: BatchNormGap = learn.bn_gap(n_batches=20)
+    assert_type((gap.gap, gap.verdict, gap.df), tuple[float, str, pd.DataFrame])
+    for cause in gap.causes:
+        assert_type((cause.name, cause.why, cause.remedy), tuple[str, str, str])
+    assert_type(plot_bn_gap(gap.layers, gap.df, ax=gap.plot()), Axes)
     found: Found = learn.bn_find(epochs=5, plot=False)
     assert_type(found.apply(learn), Learner)
     assert_type((found.suggestion, found.gain, found.low, found.high), tuple[str, float, float, float])
@@ -281,6 +293,7 @@ def signatures_of_the_methods(learn: Learner, batches: list[tuple[Tensor, Tensor
     start = methods.bn_snapshot(learn)
     assert_type(start, dict[str, dict[str, Tensor]])
     assert_type(methods.bn_drift(learn, start), pd.DataFrame)
+    assert_type(methods.bn_restore(learn, start), Learner)
     assert_type(methods.plot_bn_drift(learn, start, 'kl', ax), Axes)
     with methods.precompute(learn, n_aug=4, max_mem=2e9, dtype=torch.float16) as inside, methods.fold_frozen(learn) as faster:
         assert_type((inside, faster), tuple[Learner, Learner])
