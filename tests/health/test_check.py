@@ -214,7 +214,7 @@ def test_values_of_a_shared_layer_are_its_fewest(fewest_first):
     bn, pool = nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1)
     calls = [pool, bn, nn.Upsample(scale_factor=4), bn, pool] if fewest_first else [bn, pool, bn]
     learn = healthy(model=nn.Sequential(*calls, nn.Flatten(), nn.Linear(3, 2)), bs=8, splitter=one_group)
-    assert '8 values per channel in ' in finding(learn, 'small batches').what
+    assert '8 samples, 8 values per channel in ' in finding(learn, 'small batches').what
 
 
 def test_devices_that_share_a_batch():
@@ -523,6 +523,13 @@ def test_the_frozen_part_moves_in_a_fit_just_where_it_is_said_to(freeze, train_b
         assert ('weight and bias' in found[0].what) == train_bn
         assert ('`BnFreeze` does nothing' in found[0].why) == (cbs is not None)
     assert moves(learn, ['0.1', '0.4']) == bool(found)
+
+
+def test_a_mode_set_by_hand_is_a_choice():
+    learn = healthy()
+    learn.freeze()
+    set_bn_mode(learn.model[0], 'stats-only')
+    assert whats(learn) == []
 
 
 def test_a_body_frozen_by_hand():
