@@ -209,14 +209,15 @@ def test_a_layer_that_sees_fewer_samples_than_the_loader_gives():
     assert '32 samples, 8 values per channel in bn' in finding(healthy(model=Pairs(), splitter=one_group), 'small batches').what
 
 
-def test_values_of_a_shared_layer_are_its_fewest():
-    bn = nn.BatchNorm2d(3)
-    model = nn.Sequential(bn, nn.AdaptiveAvgPool2d(1), bn, nn.Flatten(), nn.Linear(3, 2))
-    assert '8 values per channel in 0' in finding(healthy(model=model, bs=8, splitter=one_group), 'small batches').what
+@pytest.mark.parametrize('fewest_first', [False, True])
+def test_values_of_a_shared_layer_are_its_fewest(fewest_first):
+    bn, pool = nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1)
+    calls = [pool, bn, nn.Upsample(scale_factor=4), bn, pool] if fewest_first else [bn, pool, bn]
+    learn = healthy(model=nn.Sequential(*calls, nn.Flatten(), nn.Linear(3, 2)), bs=8, splitter=one_group)
+    assert '8 samples, 8 values per channel in ' in finding(learn, 'small batches').what
 
 
-@pytest.mark.parametrize('synced', [False, True])
-def test_devices_that_share_a_batch(synced):
+def test_devices_that_share_a_batch():
     model = nn.DataParallel(healthy().model)
     assert whats(healthy(model=model, splitter=one_group)) == []  # on the CPU there is one device
     model.device_ids = [0, 1, 2, 3]
@@ -524,6 +525,13 @@ def test_the_frozen_part_moves_in_a_fit_just_where_it_is_said_to(freeze, train_b
     assert moves(learn, ['0.1', '0.4']) == bool(found)
 
 
+def test_a_mode_set_by_hand_is_a_choice():
+    learn = healthy()
+    learn.freeze()
+    set_bn_mode(learn.model[0], 'stats-only')
+    assert whats(learn) == []
+
+
 def test_a_body_frozen_by_hand():
     model = healthy().model
     for p in model[0].parameters():
@@ -699,6 +707,16 @@ def test_nothing_changes_on_any_way_out(how, error, where, monkeypatch):
     assert_as_before(before, learn)
 
 
+def test_an_optimizer_built_beforehand_keeps_its_state():
+    learn = healthy()
+    built = torch.optim.Adam(learn.model.parameters())
+    learn.model(torch.randn(8, 3, 8, 8)).sum().backward()
+    built.step()
+    learn.opt_func = OptimWrapper(opt=built)
+    learn.bn_check()
+    assert learn.opt is None and len(built.state) == len([*learn.model.parameters()]) and not learn.opt_func.state
+
+
 def test_a_splitter_that_raises_is_not_hidden():
     learn = healthy(splitter=raising(RuntimeError('my splitter')))
     with pytest.raises(RuntimeError, match='my splitter'):
@@ -757,7 +775,7 @@ def test_loaders_with_workers_of_torch_go_on():
     learn = healthy()
     learn.dls = DataLoaders(dl := TorchLoader(ds, 4, num_workers=1, persistent_workers=True), dl)
     seen = []
-    for x, _ in dl:
+    for _, (x, _) in zip(range(9), dl):  # a loader that is reset would begin anew for ever
         learn.bn_check()
         seen += x[:, 0, 0, 0].tolist()
     assert seen == [*range(12)] and dl._iterator is not None
