@@ -32,7 +32,7 @@ def digit_images(
     x,y = load_digits(return_X_y=True)
     keep = np.isin(y, digits)
     x = torch.tensor(x[keep]/16, dtype=torch.float32).view(-1, 1, 8, 8)
-    return F.interpolate(x, scale_factor=2, mode='bilinear'),torch.tensor(y[keep]-digits[0], dtype=torch.int64) # numpy 1 on Windows has int32
+    return F.interpolate(x, scale_factor=2, mode='bilinear'),torch.tensor(y[keep]-digits[0], dtype=torch.int64) # Windows may have 32 bits
 
 # %% ../nbs/06_digits.ipynb #b685cb85
 def colour(

@@ -62,13 +62,13 @@ def find_images(
     "The images of a folder; `ValueError` if it is missing, has no images, one class, or files that cannot be read"
     parts = _split(Path(data), valid_pct)
     _check(*parts, data) # before they are opened
-    files,threads = parts[0] + parts[1],ThreadPoolExecutor()
-    try: bad = {p for p,ok in zip(files, with_progress(threads.map(verify_image, files), len(files), True)) if not ok}
+    files,threads = [*parts[0], *parts[1]],ThreadPoolExecutor()
+    opened = with_progress(threads.map(verify_image, files), len(files), len(files) > 200)
+    try: bad = {p for ok,p in zip(opened, files) if not ok}
     finally: threads.shutdown(cancel_futures=True)
-    if not bad: return parts
     listed = '\n'.join(f'  {p}' for p in sorted(bad))
-    if not skip_unreadable: raise ValueError(f"{len(bad)} images cannot be read; mend them, or skip them:\n{listed}")
-    print(f'Skipped, as they cannot be read:\n{listed}')
+    if bad and not skip_unreadable: raise ValueError(f"{len(bad)} images cannot be read; mend them, or skip them:\n{listed}")
+    if bad: print(f'\nSkipped, as they cannot be read:\n{listed}')
     parts = [[p for p in part if p not in bad] for part in parts]
     _check(*parts, data)
     return parts
