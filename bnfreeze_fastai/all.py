@@ -9,6 +9,7 @@ from .freeze.drift import BatchNormDrift
 from .freeze.fuse import BatchNormFuse
 from .freeze.in_force import modes_in_force
 from .freeze.policy import Policy
+from .freeze.recalibrate import BatchNormRecalibrate
 from .fusion.fuse import fused_bn
 from .layers import MODES, bn_layers, norm_layers
 from .plots import plot_bn_drift, plot_differences, plot_gains, plot_score_curves, plot_scores

@@ -12,6 +12,7 @@ __all__ = ['wrong', 'check_batches', 'check_passes', 'model_inputs', 'tensors_in
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from numbers import Integral, Number, Real
+from typing import Any
 
 import psutil, torch
 from fastprogress.fastprogress import progress_bar
@@ -103,6 +104,7 @@ def with_progress(
     batches:Iterable, # Anything to loop over
     n_batches:int|None, # Stop after this many; all if not given
     show:bool, # Show a progress bar?
+    parent:Any=None, # A `master_bar` to show it below
 ) -> Iterator:
     "The first `n_batches` of `batches`, or all, with a progress bar; a loader's own length is used only for the bar"
     try: total = len(batches) if isinstance(batches, Sized) else None
@@ -110,7 +112,7 @@ def with_progress(
     if n_batches is not None: total = n_batches if total is None else min(n_batches, total)
     batches = islice(batches, n_batches)
     if not show: return (yield from batches)
-    bar = progress_bar(None, total='noinfer' if total is None else total)
+    bar = progress_bar(None, total='noinfer' if total is None else total, parent=parent)
     for i,batch in enumerate(batches):
         if i == 0: bar.update(0)
         yield batch
