@@ -5,7 +5,6 @@ from functools import partial
 
 import fastai.callback.schedule
 import numpy as np, pytest, torch
-from conftest import Body
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelValidException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
@@ -22,7 +21,6 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from bnfreeze_fastai.all import BatchNormFreeze, BatchNormRecalibrate
-from bnfreeze_fastai.freeze.callback import active_callback
 from bnfreeze_fastai.layers import norm_layers, stats_buffers
 
 pytestmark = pytest.mark.filterwarnings('error:Running statistics were not', 'ignore:.*never trained')
@@ -600,9 +598,7 @@ def test_within_precompute_the_head_alone_is_re_estimated():
         learn.fit(1, cbs=BatchNormRecalibrate())
 
 
-def test_progress_bars_go_on(capsys):
-    from fastprogress.fastprogress import force_console_behavior
-
+def test_progress_bars_go_on():
     learn, bars = make_learner(), []
     learn.add_cb(ProgressCallback())
 
