@@ -11,6 +11,7 @@ Modules:
 - `bnfreeze_fastai.core`: Set, hold and read the mode of norm layers, in plain PyTorch
 - `bnfreeze_fastai.freeze.callback`: The callback that keeps a batch norm policy in every fit
 - `bnfreeze_fastai.freeze.fuse`: Train a Learner through fixed statistics at the cost of a convolution
+- `bnfreeze_fastai.freeze.recalibrate`: A callback that re-estimates running statistics before each validation
 - `bnfreeze_fastai.freeze.stages`: A policy that changes during a fit
 - `bnfreeze_fastai.fusion.fuse`: Train through fixed statistics at the cost of a convolution
 - `bnfreeze_fastai.head.fold`: A faster frozen part, for when it has to run in every epoch

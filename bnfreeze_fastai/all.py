@@ -9,6 +9,7 @@ from .freeze.drift import BatchNormDrift
 from .freeze.fuse import BatchNormFuse
 from .freeze.in_force import modes_in_force
 from .freeze.policy import Policy
+from .freeze.recalibrate import BatchNormRecalibrate
 from .fusion.fuse import fused_bn
 from .health import check as _check # the method `bn_check`
 from .health.gap import BatchNormGap # and the method `bn_gap`

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Temporary', 'Hold', 'hold_of', 'holds_on', 'clean_copies', 'put_holds', 'set_lasting', 'Hold01']
+__all__ = ['recomputes', 'Temporary', 'Hold', 'hold_of', 'holds_on', 'clean_copies', 'put_holds', 'set_lasting', 'Hold01']
 
 # %% ../nbs/01_holds.ipynb #c80e5d4d
 import threading
@@ -26,7 +26,7 @@ from .layers import BN_TYPES, MODES, keeps_stats, stats_buffers
 # %% ../nbs/01_holds.ipynb #42e622be
 _LOCK = threading.Lock()
 
-def _recomputes() -> bool:
+def recomputes() -> bool:
     "Whether this forward pass runs inside a backward pass, as with activation checkpointing"
     return torch._C._current_graph_task_id() != -1
 
@@ -51,7 +51,7 @@ class Hold(Temporary):
         if not compiling and self.root is not None and self.root().training: self.flags.add(layer.training)
         if layer._bn_holds[-1] is not self: return
         if MODES[self.mode].updates_stats:
-            if compiling or not layer.training or not _recomputes(): return
+            if compiling or not layer.training or not recomputes(): return
             self.kept[id(layer), thread] = {b: b.clone() for b in stats_buffers(layer).values()}
         elif not self.reestimated(layer):
             with nullcontext() if compiling else _LOCK:

@@ -37,7 +37,7 @@ from .freeze.policy import ModeSpec, Policy, check_policy, with_train
 from .freeze.summary import BatchNormSummary, summarise
 from .fusion.fuse import refuse_fusion
 from .layers import affine_params, norm_layers
-from .head.in_fit import batches_of
+from .utils.in_fit import batches_of
 from .head.precompute import precomputed
 from .stats.distances import Snapshot
 from .stats.measure import layers_with_stats

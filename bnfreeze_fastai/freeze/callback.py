@@ -15,7 +15,6 @@ from __future__ import annotations
 __all__ = ['active_callback', 'BatchNormFreeze']
 
 # %% ../../nbs/freeze/09_callback.ipynb #e7b03ba2
-import warnings
 from copy import copy
 from typing import Any
 
@@ -27,9 +26,11 @@ from torch import Tensor, nn
 from .attachment import Attachment, from_0_1
 from .copies import leave_a_copy
 from .fit import Fit
+from .guard import told_moving
 from .policy import ModeSpec, Policy, check_policy
-from .stages import Schedule, Stages, check_schedule
+from .stages import Schedule, check_schedule, stages_of
 from ..stats.distances import snapshot
+from ..utils.batches import wrong
 
 # %% ../../nbs/freeze/09_callback.ipynb #1e775165
 def active_callback(
@@ -46,6 +47,7 @@ class BatchNormFreeze(Callback):
     schedule_log:dict[float, tuple[int, int]] # fraction of the last fit to the epoch and batch in which its change came
     moving_buffers:list[str] # buffers of the frozen part that no mode governs, and that a fit has moved
     attachment:Attachment|None = None # while a Learner has the callback
+    accumulate = False # also of callbacks that were pickled without it
 
     def __init__(self,
         bn:ModeSpec='frozen', # Mode of norm layers in frozen groups, or a dict of globs over layer names to modes
@@ -53,9 +55,11 @@ class BatchNormFreeze(Callback):
         verify:bool=True, # Check after each training epoch that what is fixed has not changed, and raise `RuntimeError` if it has?
         schedule:Schedule|None=None, # Fraction of a fit to what changes from there on, such as `{0.7: dict(bn_above='affine-only')}`
         throughout:bool=False, # Do pretrained layers keep the mode `bn` after they are unfrozen? `bn_above` is then for all others
+        accumulate:bool=False, # Beside `GradientAccumulation`: update statistics that move once a step, for all its batches?
     ):
+        if not isinstance(accumulate, bool): raise wrong('accumulate', accumulate, 'True or False')
         self.bn_policy,self.schedule,self.verify = check_policy(Policy(bn, bn_above, throughout)),check_schedule(schedule),verify
-        self.bn_start,self.schedule_log,self.moving_buffers = {},{},[]
+        self.bn_start,self.schedule_log,self.moving_buffers,self.accumulate = {},{},[],accumulate
 
     @property
     def learn(self) -> Learner|None: return None if self.attachment is None else self.attachment.learn
@@ -83,7 +87,7 @@ class BatchNormFreeze(Callback):
     def before_fit(self) -> None:
         "Hold the policy, until it is known whether this is a fit"
         if not self._in_force(): return
-        self.attachment.fits.append(Fit(self.attachment, self._stages(), self.verify))
+        self.attachment.fits.append(Fit(self.attachment, stages_of(self), self.verify, self.accumulate))
         self.attachment.fits[-1].announce()
     def before_epoch(self) -> None:
         "Note the epoch, which a validation during it would change"
@@ -106,14 +110,15 @@ class BatchNormFreeze(Callback):
     def after_pred(self) -> None:
         "Put back statistics that this batch made NaN or infinite"
         if self.fit_now is not None: self.fit_now.put_back()
-    after_batch = after_pred # some callbacks run a forward pass of their own
+    def after_step(self) -> None:
+        "Update statistics once for all batches of the step, also if a gradient scaler skipped it"
+        if self.fit_now is not None: self.fit_now.steps.commit()
+    def after_batch(self) -> None:
+        "The same for a forward pass that a callback ran by itself"
+        if self.fit_now is not None: self.fit_now.put_back(over=True)
     def after_train(self) -> None:
         "Check that nothing fixed has moved"
-        moved = [] if self.fit_now is None else self.fit_now.compare()
-        if not {*moved} <= {*self.moving_buffers}: warnings.warn(
-            f"In the frozen part, {moved} moved: buffers that are no statistics of a norm layer, so no mode governs them. What is promised "
-            "is that parameters and norm statistics stay.")
-        self.moving_buffers = [*dict.fromkeys([*self.moving_buffers, *moved])]
+        if self.fit_now is not None: self.moving_buffers = told_moving(self.fit_now.compare(), self.moving_buffers)
     def after_cancel_epoch(self) -> None:
         "The same, if the training part was cancelled; a validation that was may have left other weights in the model"
         self.after_train()
@@ -192,9 +197,4 @@ def set_policy(self:BatchNormFreeze,
     "Follow `policy` from now on, and count movement from here"
     self.bn_policy,self.bn_start = check_policy(policy, self.model),snapshot(self.model)
     if not keep_trained: self.attachment.note_trained()
-    for fit in self.attachment.fits: fit.stages,fit.anew = self._stages(),True
-
-@patch
-def _stages(self:BatchNormFreeze) -> Stages:
-    "The stages of a fit; `lr_find`, which compares the batches of one fit, has but one"
-    return Stages(self.bn_policy, {} if hasattr(self.learn, 'lr_finder') else self.schedule)
+    for fit in self.attachment.fits: fit.stages,fit.anew = stages_of(self),True

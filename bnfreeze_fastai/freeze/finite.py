@@ -9,20 +9,15 @@ from __future__ import annotations
 __all__ = ['FiniteStats']
 
 # %% ../../nbs/freeze/04_finite.ipynb #6ca2c80c
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..layers import stats_buffers, updates_stats
+from ..utils.tensors import all_finite
 
 # %% ../../nbs/freeze/04_finite.ipynb #9a51ffe1
-def _all_finite(tensors:list[Tensor]) -> bool:
-    "Whether no value is NaN or infinite; one check for each device"
-    devices = {t.device for t in tensors}
-    return all(torch.cat([t.detach().flatten() for t in tensors if t.device == d]).isfinite().all() for d in devices)
-
 class FiniteStats:
     "Running statistics that move, as they were before a batch"
     def __init__(self,
@@ -37,12 +32,15 @@ class FiniteStats:
         self.batches += 1
         self._counted = False
 
-    def put_back(self) -> list[str]: # Names of the layers put back
+    def put_back(self,
+        left_out:Iterable[str]=(), # Names of layers that this batch would have spoilt, and that were spared
+    ) -> list[str]: # Names of the layers put back, and of those
         "Undo what the batch did to layers whose statistics it made NaN or infinite"
-        if _all_finite([b for old in self.kept.values() for b in old]): return []
-        spoilt = [n for n,old in self.kept.items() if not _all_finite([*old]) and _all_finite([*old.values()])]
-        for n in spoilt:
+        fine = all_finite(b for old in self.kept.values() for b in old)
+        undone = [] if fine else [n for n,old in self.kept.items() if not all_finite(old) and all_finite(old.values())]
+        for n in undone:
             for b,old in self.kept[n].items(): b.data.copy_(old) # autograd must not take notice
+        spoilt = [*dict.fromkeys([*left_out, *undone])]
         self.spoilt += bool(spoilt) and not self._counted
         self._counted |= bool(spoilt)
         return spoilt

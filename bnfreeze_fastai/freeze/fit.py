@@ -26,6 +26,7 @@ from ..layers import MODES, affine_params, is_compiled, named_tensors, norm_laye
 from .policy import Policy
 from ..utils.ranks import is_distributed
 from .stages import Stages
+from ..stats.accumulate import StepStats
 from ..utils.tensors import fingerprint
 
 # %% ../../nbs/freeze/08_fit.ipynb #1e775165
@@ -35,6 +36,7 @@ class Fit:
         at:Attachment,
         stages:Stages, # Of the policy that is in force
         verify:bool, # Compare what is fixed after each epoch?
+        accumulate:bool=False, # Update statistics that move once a step, for all its batches?
     ):
         self.at,self.stages,self.verify = at,stages,verify
         self.flags = {p: (p.requires_grad, p.grad) for p in norm_params(at.learn.model)} # put back if it was no fit
@@ -44,7 +46,7 @@ class Fit:
         self.trains,self.pending = False,False # has an epoch begun, and has its first batch yet to come?
         self.compared,self.cancelled = True,False # has what is fixed been compared, and was the epoch cancelled?
         self.anew = False # was a policy set since modes were put onto the tensors?
-        self.counts,self.told = Counter(),set()
+        self.counts,self.told,self.accumulate,self.steps = Counter(),set(),accumulate,StepStats()
         if is_distributed(): self.refuse_to_change_what_trains()
 
     def modes(self, policy:Policy|None=None) -> dict[str, str]: return self.at.modes(policy or self.stages.policy)
@@ -84,7 +86,7 @@ def hold(self:Fit, modes:dict[str, str]) -> None:
     "Hold the statistics as `modes` say"
     model = self.at.learn.model
     if self.guard is not None and self.guard.holds_as(model, modes): return
-    self.guard_by(Guard(model, modes))
+    self.guard_by(Guard(model, modes, self.steps if self.accumulate else None))
     held = frozenset(n for n,mode in modes.items() if not MODES[mode].updates_stats)
     if held != self.at.compiled_for and is_compiled(model):
         torch.compiler.reset()
@@ -116,6 +118,7 @@ def next_batch(self:Fit, n_batches:int, n_epochs:int) -> None:
     if stage != self.stages.now or self.pending: self.start(stage)
     self.at.point.settle(self.at.learn.model)
     self.guard.finite.keep()
+    self.steps.begin()
 
 @patch
 def start(self:Fit, stage:int) -> None:
@@ -149,9 +152,12 @@ def move(self:Fit, stage:int) -> set[nn.Parameter]:
 
 # %% ../../nbs/freeze/08_fit.ipynb #44540f32
 @patch
-def put_back(self:Fit) -> None:
+def put_back(self:Fit,
+    over:bool=False, # Is the batch over?
+) -> None:
     "Put back statistics that this batch made NaN or infinite"
-    if self.guard is None or not (spoilt := self.guard.finite.put_back()) or 'finite' in self.told: return
+    left_out = self.steps.take_left_out(over)
+    if self.guard is None or not (spoilt := self.guard.finite.put_back(left_out)) or 'finite' in self.told: return
     self.told.add('finite')
     warnings.warn(f"Batch {self.batch} of epoch {self.epoch} has moments that are not finite in {spoilt}. The running statistics of these "
                   "layers were left as they were before it, and will be in later batches of this sort.")

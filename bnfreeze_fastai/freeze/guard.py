@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['drop_grads', 'level_slow_weights', 'Fixed', 'fixed_params', 'Guard', 'other_buffers', 'look_moving']
+__all__ = ['drop_grads', 'level_slow_weights', 'Fixed', 'fixed_params', 'Guard', 'other_buffers', 'look_moving', 'told_moving']
 
 # %% ../../nbs/freeze/05_guard.ipynb #4889e736
+import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from .finite import FiniteStats
 from .groups import Groups
 from ..layers import MODES, is_frozen_norm, named_modules, named_tensors, norm_layers, stats_buffers
 from .point import Frozen
+from ..stats.accumulate import StepStats
 from ..utils.ranks import all_ranks
 from ..utils.tensors import fingerprint
 
@@ -66,12 +68,14 @@ class Guard(ExitStack):
     def __init__(self,
         model:nn.Module,
         modes:Mapping[str, str], # Name of each norm layer to its mode
+        steps:StepStats|None=None, # Updates statistics that move, once a step
     ):
         super().__init__()
         self.model,self.modes,self.layers = model,dict(modes),norm_layers(model)
         self.fixed,self.prints = Fixed(),{}
         self.finite = FiniteStats({n: l for n,l in self.layers.items() if MODES[self.modes[n]].updates_stats})
         self.holds = self.enter_context(held_stats({l: self.modes[n] for n,l in self.layers.items() if not is_frozen_norm(l)}, model))
+        if steps is not None: self.enter_context(steps.on(self.finite.layers, model))
 
     def holds_as(self, model:nn.Module, modes:Mapping[str, str]) -> bool:
         "Whether a guard made now would hold the same layers in the same modes"
@@ -136,3 +140,13 @@ def look_moving(
     "Those whose names say that they are running averages or the vectors of spectral norm"
     last = lambda n: n.rpartition('.')[2]
     return [n for n in names if 'running' in last(n) or last(n).endswith(('_u', '_v'))]
+
+def told_moving(
+    moved:Sequence[str], # Buffers that an epoch moved
+    known:Sequence[str], # Those that moved before
+) -> list[str]: # All of them
+    "Warn of buffers of the frozen part that had not moved before"
+    if not {*moved} <= {*known}: warnings.warn(
+        f"In the frozen part, {moved} moved: buffers that are no statistics of a norm layer, so no mode governs them. What is promised "
+        "is that parameters and norm statistics stay.")
+    return [*dict.fromkeys([*known, *moved])]

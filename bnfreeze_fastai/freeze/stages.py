@@ -10,11 +10,12 @@ A schedule names, for each fraction, the side of the policy that changes from th
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Schedule', 'check_schedule', 'stages', 'Stages']
+__all__ = ['Schedule', 'check_schedule', 'stages', 'Stages', 'stages_of']
 
 # %% ../../nbs/freeze/02_stages.ipynb #40aacf6d
 from collections.abc import Mapping
 from numbers import Real
+from typing import Any
 
 from torch import nn
 
@@ -76,3 +77,9 @@ class Stages:
         begun = [at for at,_ in self.steps[self.now+1:stage+1]]
         self.now = stage
         return begun
+
+def stages_of(
+    cb:Any, # A `BatchNormFreeze` of a Learner
+) -> Stages:
+    "The stages of its fits; `lr_find`, which compares the batches of one fit, has but one"
+    return Stages(cb.bn_policy, {} if hasattr(cb.learn, 'lr_finder') else cb.schedule)

@@ -24,7 +24,7 @@ from ..freeze.in_force import frozen_in_force, planned_modes
 from .calls import watch
 from ..layers import MODES, affine_params, keeps_stats, norm_layers, refuse_compiled
 from .cut import cut_of, holds_any
-from .in_fit import as_in_fit
+from ..utils.in_fit import as_in_fit
 from ..utils.tensors import fingerprints
 from ..freeze.groups import Groups
 from ..utils.ranks import is_distributed

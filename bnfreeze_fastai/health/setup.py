@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..freeze.callback import BatchNormFreeze, active_callback
 from ..freeze.groups import Groups, frozen_by_hand
 from ..freeze.in_force import frozen_in_force, planned_modes
-from ..head.in_fit import as_in_fit
+from ..utils.in_fit import as_in_fit
 from .batches import Seen, Sizes, first_batch, seen_by_layers, sizes_of
 from ..holds import holds_on
 from ..layers import BN_TYPES, MODES, affine_params, keeps_stats, updates_stats

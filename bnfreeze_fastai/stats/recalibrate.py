@@ -10,7 +10,7 @@ Running statistics are an exponential average over the last batches of training.
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Drift', 'recalibrate_bn', 'convert_bn']
+__all__ = ['Drift', 'recalibrate_bn', 'recalibrate_layers', 'convert_bn']
 
 # %% ../../nbs/stats/10_recalibrate.ipynb #20e750e8
 import warnings
@@ -137,10 +137,16 @@ def recalibrate_bn(
     "Set running statistics to those of `batches`, in a `with` only for its block; after any exception, nothing has changed"
     memory_for(max_mem) # refuses what is no number
     how = dict(n_batches=n_batches, n_inp=n_inp, progress=progress, max_mem=max_mem)
-    return _recalibrate(model, batches, layers_with_stats(model, layers), method, preserve, stats, prior, **how)
+    return recalibrate_layers(model, batches, layers_with_stats(model, layers), method, preserve, stats, prior, **how)
 
-def _recalibrate(model:nn.Module, batches:Iterable, chosen:Mapping[str, nn.Module], method:str, preserve:bool,
-                 stats:str='all', prior:float|None=None, **how) -> Drift:
+def recalibrate_layers(
+    model:nn.Module, # Any model
+    batches:Iterable[Any], # As for `recalibrate_bn`, as are all settings but the next
+    chosen:Mapping[str, nn.Module], # Layers with running statistics, by name; the others stay as they are
+    method:str='batch', preserve:bool=False, stats:str='all', prior:float|None=None,
+    **how, # For `measure`
+) -> Drift: # As from `recalibrate_bn`
+    "`recalibrate_bn` for layers that are chosen already"
     _check_mixture(stats, prior)
     settle = _Settle(before := stored_stats(model), stats, prior)
     observer = _observer(method, preserve, settle)
@@ -167,7 +173,8 @@ def convert_bn(
     progress:bool=True, # Show a progress bar?
 ) -> Drift: # The drift: `layer`, `mean_shift` (standard deviations), `log_var_ratio`, `kl` (nats) of every layer with statistics
     "Let the mode `'train'` start from what the network computes in evaluation; errors as for `recalibrate_bn`"
-    return _recalibrate(model, batches, _chosen(model, layers), 'sequential', True, n_batches=n_batches, n_inp=n_inp, progress=progress)
+    how = dict(n_batches=n_batches, n_inp=n_inp, progress=progress)
+    return recalibrate_layers(model, batches, _chosen(model, layers), 'sequential', True, **how)
 
 def _chosen(model:nn.Module, layers:str|Collection[str]) -> dict[str, nn.Module]: # Those of them with running statistics
     if isinstance(layers, str) or not isinstance(layers, Collection): return layers_with_stats(model, layers)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['plain_parts', 'fingerprint', 'fingerprints', 'put_back']
+__all__ = ['plain_parts', 'fingerprint', 'fingerprints', 'all_finite', 'put_back']
 
 # %% ../../nbs/utils/00_tensors.ipynb #4c3a0b37
 from collections.abc import Iterable, Mapping
@@ -47,6 +47,15 @@ def fingerprints(
 ) -> list[bytes]: # One for each
     "The fingerprints of all of them"
     return [fingerprint(t) for t in tensors]
+
+# %% ../../nbs/utils/00_tensors.ipynb #485f8f9e
+def all_finite(
+    tensors:Iterable[Tensor], # Plain ones, on any devices
+) -> bool:
+    "Whether no value is NaN or infinite; one check for each device"
+    by_device = {}
+    for t in tensors: by_device.setdefault(t.device, []).append(t.detach().flatten())
+    return all(torch.cat(some).isfinite().all() for some in by_device.values())
 
 # %% ../../nbs/utils/00_tensors.ipynb #306fc157
 @torch.no_grad()

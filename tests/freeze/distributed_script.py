@@ -6,13 +6,16 @@ from pathlib import Path
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bnfreeze_fastai.layers import MODES
+from bnfreeze_fastai.freeze.callback import BatchNormFreeze
+from bnfreeze_fastai.freeze.recalibrate import BatchNormRecalibrate
+from bnfreeze_fastai.layers import MODES, norm_layers, stats_buffers
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 from bnfreeze_fastai.stats.shift import bn_shift
 from torch import nn
 from conftest import Body, may_move
 from learners import OPTIMIZERS, bits, body_and_head, make_dls, make_learner, same
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import set_seed
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -164,8 +167,33 @@ def check_statistics():
     assert same(rank0(state), state) and int(learn.model[0][1].num_batches_tracked) == 6
 
 
+class Seen(Callback):
+    "Statistics after the training part of an epoch, and in its validation"
+
+    order = 1000
+
+    def after_train(self):
+        self.trained = bits(self.stats())
+
+    def before_validate(self):
+        self.validated = bits(self.stats())
+
+    def stats(self):
+        return [b for l in norm_layers(self.learn.model).values() for b in stats_buffers(l).values()]
+
+
+def check_recalibrated(keep):
+    learn = ranked_learner(cbs=BatchNormFreeze(accumulate=True))
+    learn.fit(2, cbs=[BatchNormRecalibrate(keep=keep), GradientAccumulation(16), seen := Seen()])
+    seen.learn = learn
+    assert same(rank0(seen.validated), seen.validated), 'ranks differ'
+    assert same(seen.validated if keep else seen.trained, seen.stats()) and not same(seen.validated, seen.trained)
+
+
 if __name__ == '__main__':
     dist.init_process_group('gloo')
+    for keep in (False, True):
+        check_recalibrated(keep)
     for opt in OPTIMIZERS:
         for mode in MODES:
             check(mode, 'train', False, opt)

@@ -15,6 +15,8 @@ EXTERNAL = {  # what is left unknown by fastai and pandas, which have no `py.typ
     'BatchNormDrift': UNKNOWN_BASE,
     'BatchNormFreeze': UNKNOWN_BASE,
     'BatchNormFuse': UNKNOWN_BASE,
+    'BatchNormRecalibrate': UNKNOWN_BASE,
+    'BatchNormRecalibrate.order': ['Type unknown for variable "bnfreeze_fastai.freeze.recalibrate.BatchNormRecalibrate.order"'],
     'Drift': UNKNOWN_BASE,
     'BatchNormShift': UNKNOWN_BASE,  # a DataFrame
     'ValidateLast': UNKNOWN_BASE,

@@ -179,8 +179,9 @@ def the_callback(dls: Any, model: nn.Module):
         verify=False,
         schedule={0.7: dict(bn='train', bn_above={'*': 'frozen'})},
         throughout=True,
+        accumulate=True,
     )
-    learn = vision_learner(dls, small_resnet, cbs=[cb, BatchNormFuse(), BatchNormDrift()])
+    learn = vision_learner(dls, small_resnet, cbs=[cb, BatchNormFuse(), BatchNormDrift(), BatchNormRecalibrate(every=2)])
     assert_type(cb.bn_policy, Policy)
     assert_type(cb.bn_start, dict[str, dict[str, Tensor]])
     for at, (epoch, batch) in cb.schedule_log.items():
@@ -197,6 +198,8 @@ def the_callback(dls: Any, model: nn.Module):
     BatchNormFreeze(3)  # reportArgumentType
     BatchNormFreeze(schedule={0.7: 'frozen'})  # reportArgumentType
     BatchNormFreeze(model='frozen')  # reportCallIssue
+    assert_type(BatchNormRecalibrate(n_batches=8, keep=True).drift, pd.DataFrame)
+    BatchNormRecalibrate(every='epoch')  # reportArgumentType
 
 
 def fusion(model: nn.Module, x: Tensor):
