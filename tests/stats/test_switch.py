@@ -226,6 +226,16 @@ def test_never_half(error):
     assert 2 < raised < 19
 
 
+def test_ctrl_c_on_the_way_out():
+    model = nn.Sequential(nn.BatchNorm2d(4), InsideInterrupted(4))
+    taken = snapshot(model)
+    model(X2 * 3 + 1)
+    before = bits(stats(model))
+    with pytest.raises(KeyboardInterrupt), bn_stats(model, taken):
+        model[1].__dict__.update(at=0, error=KeyboardInterrupt())
+    assert same(before, stats(model))
+
+
 @pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError])
 def test_an_exception_in_the_block(error):
     model = trained()
