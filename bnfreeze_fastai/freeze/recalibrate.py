@@ -105,8 +105,8 @@ class BatchNormRecalibrate(Callback):
         self._init_state()
 
     def before_epoch(self) -> None:
-        "Note the epoch, which a validation during it would change"
-        if self._in_fit(): self._epoch = self.learn.epoch
+        "Note the epoch, which a validation during it would change; from here on, what is in the model is training's"
+        if self._in_fit(): self._epoch,self._now = self.learn.epoch,None
 
     def after_train(self) -> None:
         "Note the layers whose statistics train"
@@ -118,7 +118,6 @@ class BatchNormRecalibrate(Callback):
 
     def before_validate(self) -> None:
         if not self._in_fit() or self._names is None: return
-        self._give_back()
         if (self._epoch+1) % self.every == 0 or self._is_last(): self._reestimate()
 
     def after_validate(self) -> None:
@@ -162,7 +161,9 @@ def _reestimate(self:BatchNormRecalibrate) -> None:
     failed = (ValueError, RuntimeError) if is_distributed() else ValueError # `RuntimeError`: it failed on another rank
     try: drift = recalibrate_layers(model, shown, measurable(layers), n_batches=self.n_batches, n_inp=batches['n_inp'], progress=False)
     except failed as e: return self._tell(str(e))
-    self._now,self.drift = Reestimated(model, layers, drift),pd.DataFrame(drift)
+    try: self._now,self.drift = Reestimated(model, layers, drift),pd.DataFrame(drift)
+    except BaseException:
+        with drift: raise
 
 @patch
 def _tell(self:BatchNormRecalibrate, why:str) -> None:

@@ -300,6 +300,15 @@ def test_a_fit_that_ends_with_averaged_weights(ema, keep):
     assert torch.allclose(learn.model[0][1].running_var.double(), x.var(1), rtol=1e-4) == keep
 
 
+@pytest.mark.parametrize('accumulate', [False, True])
+def test_training_goes_on_from_what_is_kept(accumulate):
+    "Also where its updates do not count as writes: those of instance norm, and of whole steps"
+    learn, seen, trained = make_learner(body_and_head(partial(nn.InstanceNorm2d, track_running_stats=True))), Seen(), {}
+    note = At('after_train', lambda l: trained.update({l.epoch: stats(l.model)}), range(4))
+    learn.fit(4, cbs=[BatchNormFreeze(accumulate=accumulate), BatchNormRecalibrate(every=2, keep=True), seen, note])
+    assert [equal(seen.stats[e], trained[e]) for e in range(4)] == [True, False, True, False]
+
+
 # Files, and callbacks that judge
 
 
