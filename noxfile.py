@@ -30,7 +30,8 @@ PART = [
         'tests/test_cli.py',
     ),
 ]
-TOOLS = ('pytest', 'pytest-xdist', 'hypothesis', 'timm', 'cloudpickle')  # what the quick tests need of the dev requirements
+# What the quick tests need of the dev requirements; IPython, which notebooks have, since fastprogress 1.1.5 needs it and does not say so
+TOOLS = ('pytest', 'pytest-xdist', 'hypothesis', 'timm', 'cloudpickle', 'ipython')
 TOLD = ('fastai', 'fastcore', 'torch', 'torchvision', 'numpy', 'pandas', 'timm')
 FIELDS = ('python', 'versions', 'tests', *TOLD, 'result')
 
