@@ -10,7 +10,8 @@ CHECK := house/test_repo house/test_types test_core freeze/test_policy freeze/te
 # mkdocs reads where pages and site are from the environment; the first variable silences advice to leave mkdocs
 MKDOCS := NO_MKDOCS_2_WARNING=1 DOCS_PAGES="$(abspath $(OUT))/_proc" DOCS_SITE="$(abspath $(OUT))/_docs" $(BIN)/mkdocs
 
-.PHONY: demo check test upgrade versions soak sweep bench experiments advice notebooks readme docs pages site docs-serve dist chromium clean
+.PHONY: demo check test oldest upgrade versions soak sweep bench experiments advice notebooks readme docs pages site docs-serve dist \
+    chromium clean
 
 .venv/locked: requirements-dev.txt
 	$(PYTHON) -m venv --clear .venv
@@ -36,13 +37,17 @@ check: .venv/installed
 test: .venv/installed chromium
 	$(PYTEST) tests
 
+# The lower bounds of settings.ini, pinned: what is most likely to break there, in an environment that goes when done with
+oldest: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nox --session oldest
+
 # For the tests of the site: root gets Debian's Chromium; for others, those tests are skipped until there is one
 chromium:
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || [ $$(id -u) != 0 ] || \
 	    (apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium fonts-dejavu-core) || \
 	    echo 'No Chromium: the tests of the site will be skipped'
 
-# The quick tests on the oldest and newest versions, on each Python of PATH; every environment is several GB for its time
+# The quick tests on the versions that users have, with each Python of PATH; every environment is several GB for its time
 versions: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nox
 

@@ -24,6 +24,8 @@ from pathlib import Path
 from fastcore.script import anno_parser
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
+from .compat import parsed
+
 # %% ../nbs/08_cli.ipynb #9f7da49e
 def _check_range(name:str, value:int, least:int, most:int|None=None):
     if not isinstance(value, Integral) or isinstance(value, bool): raise ValueError(f"--{name} {value!r}: give a whole number")
@@ -192,7 +194,7 @@ def main(
         print(usage, file=sys.stderr)
         sys.exit(2)
     parser = anno_parser(COMMANDS[args[0]], prog=f'bnfreeze {args[0]}')
-    options = {k: v for k,v in vars(parser.parse_args(args[1:])).items() if k not in ('pdb', 'xtra')}
+    options = {k: v for k,v in vars(parsed(parser, args[1:])).items() if k not in ('pdb', 'xtra')}
     try: COMMANDS[args[0]](**options)
     except ValueError as e: parser.error(str(e))
     except (RuntimeError, OSError) as e: sys.exit(f'{parser.prog}: {e}')

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.nn.parameter import is_lazy
 
+from .compat import rewrites_stats
 from .layers import BN_TYPES, MODES, keeps_stats, stats_buffers
 
 # %% ../nbs/01_holds.ipynb #42e622be
@@ -52,8 +53,9 @@ class Hold(Temporary):
         if layer._bn_holds[-1] is not self: return
         if MODES[self.mode].updates_stats:
             if compiling or not layer.training or not recomputes(): return
-            self.kept[id(layer), thread] = {b: b.clone() for b in stats_buffers(layer).values()}
+            self.keep(layer, thread)
         elif not self.reestimated(layer):
+            if rewrites_stats(layer): self.keep(layer, thread)
             with nullcontext() if compiling else _LOCK:
                 flags = self.inside.setdefault(id(layer), {}) # a replica of `DataParallel` has an id of its own
                 flags.pop(thread, None) # Ctrl-C left it: torch calls no forward hook then
@@ -62,13 +64,16 @@ class Hold(Temporary):
     def leave(self, layer:nn.Module, args:tuple, output:Any) -> None:
         "The hook after it"
         compiling,thread = _now()
-        for b,old in self.kept.pop((id(layer), thread), {}).items(): b.data.copy_(old) # autograd must not take notice
+        for b,old in self.kept.pop((id(layer), thread), []): b.data.copy_(old) # autograd must not take notice
         with nullcontext() if compiling else _LOCK:
             flags = self.inside.get(id(layer), {})
             flag = flags.pop(thread, None)
             if flag is None or flags: return # another thread is still inside
             del self.inside[id(layer)]
             layer.training = flag
+
+    def keep(self, layer:nn.Module, thread:int) -> None:
+        self.kept[id(layer), thread] = [(b, b.clone()) for b in stats_buffers(layer).values()]
 
     def reestimated(self, layer:nn.Module) -> bool:
         "Whether a tool such as `update_bn` is at work"

@@ -17,12 +17,13 @@ from types import CellType, FunctionType, MethodType
 
 import numpy as np, torch
 from fastai.data.load import DataLoader
+from fastai.imports import Transform
 from fastai.vision.augment import RandTransform, Resize, ResizeMethod
 from fastcore.basics import store_attr
-from fasttransform import Transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader as TorchDataLoader
 
+from ..compat import implementations
 from .source import name_of, pipelines, split_of
 from ..utils.devices import device_rng
 
@@ -61,7 +62,7 @@ def _inside(o) -> list:
         filled = [c.cell_contents for c in o.__closure__ or () if c != CellType()]
         return filled + [*(o.__defaults__ or ()), *(o.__kwdefaults__ or {}).values()]
     if isinstance(o, (Tensor, np.ndarray, str, bytes, type)) or not hasattr(o, '__dict__'): return []
-    own = [m.implementation for m in o.encodes.methods] if isinstance(o, Transform) else []
+    own = implementations(o.encodes) if isinstance(o, Transform) else []
     if callable(o): return own + [*vars(o).values(), *(o.children() if isinstance(o, nn.Module) else ())]
     return own + [v for k,v in vars(o).items() if k.lstrip('_') in _APPLIED]
 

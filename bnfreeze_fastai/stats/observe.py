@@ -11,7 +11,7 @@ __all__ = ['Settle', 'moments_of', 'of_the_data', 'Observer', 'ByBatch', 'finite
 # %% ../../nbs/stats/01_observe.ipynb #1bdcb43e
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 
 import torch, torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..utils.batches import check_device, check_passes, model_inputs, with_progress
+from ..compat import uncompiled
 from ..layers import is_compiled, named_modules
 from .moments import Moments, batch_moments, instance_moments, pooled
 from ..utils.ranks import on_all_ranks, this_rank
@@ -117,11 +118,11 @@ class ByBatch(Observer):
         return self.run(func, **call | (self._by_itself(func, call, m) if m.dof else {}))
 
     def _by_itself(self, func:Callable, call:dict, m:Moments) -> dict: # Arguments by name
-        dtype,unused = call['running_mean'].dtype,dict(running_mean=None, running_var=None)
         if self.keep_var: return _centred(func, call, m)
-        if func is F.instance_norm: return dict(unused, use_input_stats=True)
-        if torch.finfo(dtype).bits < 32: return dict(unused, training=True) # `dtype` would not hold them
-        return dict(running_mean=m.mean.to(dtype), running_var=(m.m2/m.n).to(dtype))
+        if func is F.instance_norm: return dict(running_mean=None, running_var=None, use_input_stats=True)
+        dtype = torch.promote_types(call['running_mean'].dtype, torch.float32) # half precision would not hold them
+        affine = {k: call[k].to(dtype) for k in ('weight', 'bias') if call.get(k) is not None}
+        return dict(affine, running_mean=m.mean.to(dtype), running_var=(m.m2/m.n).to(dtype))
 
 # %% ../../nbs/stats/01_observe.ipynb #9b4f7c31
 def finite(
@@ -159,10 +160,7 @@ def undisturbed(
     batches:Iterable, # Whose own generators are kept as well
 ) -> Iterator[None]:
     "`root` in evaluation mode, without gradients and uncompiled; on leaving, it and all random numbers are as they were"
-    with kept_rng(batches), evaluating(root):
-        if not is_compiled(root): yield
-        else:
-            with torch.compiler.set_stance('force_eager'): yield
+    with uncompiled() if is_compiled(root) else nullcontext(), kept_rng(batches), evaluating(root): yield
 
 # %% ../../nbs/stats/01_observe.ipynb #82104fea
 def observe(

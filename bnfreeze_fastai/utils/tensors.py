@@ -34,12 +34,14 @@ def plain_parts(
     return [t.resolve_conj().resolve_neg() if t.layout == torch.strided else t.to_dense()]
 
 # %% ../../nbs/utils/00_tensors.ipynb #24adaa74
+def _bits(part:Tensor) -> Tensor: return part.contiguous().reshape(-1).view(torch.uint8)
+
 def fingerprint(
     tensor:Tensor, # Of any shape, type, layout and device; without values on `meta`
 ) -> bytes: # 16 bytes
     "A hash (XXH3) that differs when any bit of `tensor` does, with odds of about 1 in 2^128 to miss it"
     digest = xxh3_128()
-    for part in plain_parts(tensor): digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for part in plain_parts(tensor): digest.update(_bits(part.cpu()).numpy())
     return digest.digest()
 
 def fingerprints(
@@ -65,8 +67,9 @@ def put_back(
     "Give tensors of any sort the values that they had"
     for b,old in values.items():
         now,before = plain_parts(b),plain_parts(old)
-        if len(now) == len(before) and all(map(torch.equal, now, before)): continue
+        fits = [p.shape for p in now] == [p.shape for p in before] # a sparse one may have more values now
+        if fits and all(map(torch.equal, map(_bits, now), map(_bits, before))): continue
         if b.layout == torch.strided: b.copy_(old)
-        elif [p.shape for p in now] != [p.shape for p in before]: b.data = old # a sparse one may have more values now
+        elif not fits: b.data = old
         else:
             for part,old_part in zip(now, before): part.copy_(old_part)

@@ -49,9 +49,17 @@ def images(n=16):
     return [PILImage.create(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)) for _ in range(n)]
 
 
+def all_images(_):
+    return images()
+
+
+def first_value(image):  # a function with a name, which `export` can pickle in every version
+    return int(np.asarray(image)[0, 0, 0]) % 2
+
+
 def vision(**kwargs):
     set_seed(0)
-    block = DataBlock((ImageBlock, CategoryBlock), get_items=lambda _: images(), get_y=lambda o: int(np.asarray(o)[0, 0, 0]) % 2)
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=all_images, get_y=first_value)
     dls = block.dataloaders(None, bs=4, batch_tfms=aug_transforms(size=12), num_workers=0, device='cpu')
     return vision_learner(dls, tiny, pretrained=False, loss_func=CrossEntropyLossFlat(), splitter=two_groups, **kwargs)
 

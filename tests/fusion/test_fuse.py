@@ -11,7 +11,8 @@ from fastai.torch_core import TensorImage
 from fastai.vision.learner import create_unet_model
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential, CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils import checkpoint as checkpointing
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torchvision import models
 
 from bnfreeze_fastai.core import set_bn_mode
@@ -748,7 +749,10 @@ def test_reentrant_checkpoints_cut_between_convolution_and_norm():
                 assert furthest(found, {n: exact[n] for n in found}) < 1e-10
 
 
+@pytest.mark.skipif(not hasattr(checkpointing, 'CheckpointPolicy'), reason='selective checkpointing came with torch 2.5')
 def test_selective_checkpointing():
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
     x = torch.randn(4, 3, 9, 9, dtype=torch.float64, requires_grad=True)
     model = prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)).double(), x)
     exact = run(model, x)

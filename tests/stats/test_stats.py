@@ -455,6 +455,7 @@ def test_modes_that_are_held_stay_held():
     assert same(before, model.buffers())
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason='without `torch.compiler.set_stance` they are refused: tests/test_compat.py')
 @pytest.mark.parametrize('method', ['batch', 'sequential'])
 def test_compiled_models(method):
     model, plain = conv_net(), conv_net()

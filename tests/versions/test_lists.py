@@ -1,0 +1,67 @@
+"The versions that users have, in the lists beside this file: installing this package replaces none of them"
+
+import re, subprocess, sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+CONFIG = ConfigParser(delimiters=['='])
+CONFIG.read(ROOT / 'settings.ini', encoding='utf-8')
+BOUNDS = {canonicalize_name(r.name): r for r in map(Requirement, CONFIG['DEFAULT']['requirements'].split())}
+LISTS = {path.stem: path.read_text(encoding='utf-8') for path in sorted(Path(__file__).parent.glob('*.txt'))}
+HOSTED = [name for name in LISTS if name != 'oldest']
+
+
+def required(text):
+    return {canonicalize_name(r.name): r for r in map(Requirement, re.sub('#.*', '', text).split())}
+
+
+def pins(text):
+    return {name: Version(str(r.specifier)[2:]) for name, r in required(text).items() if str(r.specifier).startswith('==')}
+
+
+@pytest.mark.parametrize('name', LISTS)
+def test_it_tells_its_python_and_where_it_is_from(name):
+    head = [line for line in LISTS[name].splitlines() if line.startswith('#')]
+    python = re.fullmatch(r'# Python (3\.\d+)', head[-1])[1]
+    assert f'Python :: {python}\n' in CONFIG['DEFAULT']['classifiers'] + '\n'
+    assert re.search(r'github\.com/\w+/[\w-]+', ' '.join(head)) or name == 'oldest'
+
+
+@pytest.mark.parametrize('name', HOSTED)
+def test_bounds_admit_what_is_there(name):
+    there = pins(LISTS[name])
+    assert not {n: v for n, v in there.items() if n in BOUNDS and v not in BOUNDS[n].specifier}
+    assert not there or BOUNDS.keys() <= there.keys()
+
+
+def test_the_oldest_are_the_bounds():
+    lowest = {name: Version(re.search(r'>=([\d.]+)', str(r.specifier))[1]) for name, r in BOUNDS.items()}
+    assert pins(LISTS['oldest']) == lowest
+    assert f"# Python {CONFIG['DEFAULT']['min_python']}\n" in LISTS['oldest']
+
+
+def solved(name, more=()):
+    "What an installer would install, by name"
+    python = re.search(r'^# Python (.+)$', LISTS[name], flags=re.M)[1]
+    uv = Path(sys.executable).parent / 'uv'
+    command = [uv, 'pip', 'compile', '--quiet', '--python-version', python, '--no-header', '--no-annotate', '-']
+    result = subprocess.run(command, input='\n'.join([LISTS[name], *more]), capture_output=True, text=True)
+    if result.returncode and re.search('Failed to fetch|error sending request', result.stderr):
+        pytest.skip('the package index cannot be reached')
+    assert result.returncode == 0, result.stderr
+    return pins(result.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', HOSTED)
+def test_installing_replaces_nothing(name):
+    there = solved(name)
+    after = solved(name, map(str, BOUNDS.values()))
+    assert pins(LISTS[name]).items() <= there.items() <= after.items()
+    assert after.keys() - there.keys() <= {'xxhash', 'tabulate'}  # which AutoGluon does not bring
