@@ -49,8 +49,7 @@ def demo(
     out:str='demo.png', # File for the plot
 ) -> None:
     "Train a new head on a pretrained body under each batch norm mode and under fastai's freeze(), and compare"
-    _check_range('seeds', seeds, 1)
-    _check_range('epochs', epochs, 1)
+    for name,n in dict(seeds=seeds, epochs=epochs).items(): _check_range(name, n, 1)
     _check_range('images', images, 16, 800)
     path = _check_plot_path(out)
     from bnfreeze_fastai.choose.compare import bn_compare # fastai takes seconds to import: --help need not wait for it
@@ -122,8 +121,7 @@ def compare(
     if not isinstance(modes, str): raise ValueError(f"--modes {modes!r}: give policies in one text, with commas between")
     policies = list(check_policies([m.strip() for m in modes.split(',')]))
     check_training(epochs, fit, freeze_to, lr)
-    _check_range('seeds', seeds, 1)
-    _check_range('jobs', jobs, 1)
+    for name,n in dict(seeds=seeds, jobs=jobs).items(): _check_range(name, n, 1)
     path = _out_folder(out)
     get_learner,settings = _task(data, arch, weights, size, bs, valid_pct, skip_unreadable, None if jobs == 1 else 0)
     compared = bn_compare(get_learner, policies, epochs, seeds, fit, freeze_to, lr, n_jobs=jobs,

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ..freeze.callback import active_callback
+from ..freeze.recalibrate import BatchNormRecalibrate
 from .report import Finding, first_names
 from .setup import Setup, callback_named, devices_of, is_synced
 from .statistics import LIMITS
@@ -75,7 +76,7 @@ def _averages(o) -> bool: return any(_AVERAGES.search(c.__name__) for c in type(
 def averaged_weights(s:Setup) -> Finding|None:
     "Statistics of other weights"
     cbs = [cb for cb in s.learn.cbs if _averages(cb) or any(map(_averages, vars(cb).values()))]
-    if cbs and s.moving and callback_named(s.learn, 'BatchNormRecalibrate') is None:
+    if cbs and s.moving and not any(isinstance(cb, BatchNormRecalibrate) for cb in s.learn.cbs):
         return Finding('warning', f'`{type(cbs[0]).__name__}` averages weights, and their statistics will be stale',
             tuple(n for n in s.layers if n in s.moving),
             'The averaged network needs statistics of its own: those kept were gathered with other weights (Izmailov et al. 2018, '
@@ -119,8 +120,8 @@ def frozen_but_moving(s:Setup) -> Finding|None:
     useless = [cb for cb in s.learn.cbs if isinstance(cb, BnFreeze)]
     why = "fastai's `BnFreeze` does nothing for layers whose weight trains. " if useless else ''
     return Finding('warning', f'batch norm in the frozen part: {what}', names,
-        f'{why}The frozen weights compute something else after each step. Fixed statistics gained 8 points of accuracy, the median of our '
-        '41 settings of head training and `fine_tune` (see Which mode when?).', f'{_remedy(s)}, before `fit` or `fine_tune`.')
+        f'{why}The frozen weights compute something else after each step. Fixed statistics train better in nearly '
+        'every setting of head training and `fine_tune` (see Which mode when?).', f'{_remedy(s)}, before `fit` or `fine_tune`.')
 
 def _pulled(s:Setup, p:nn.Parameter) -> bool: # By gradients of before
     average = s.learn.opt.state.get(p, {}).get('grad_avg')

@@ -44,4 +44,5 @@ def free_memory(
 ) -> int: # In bytes
     "The memory that is free on a device"
     kind = torch.device(device).type
-    return getattr(torch, kind).mem_get_info(device)[0] if kind in ('cuda', 'xpu') else psutil.virtual_memory().available
+    told = getattr(getattr(torch, kind, None), 'mem_get_info', None)
+    return psutil.virtual_memory().available if told is None else told(device)[0]
