@@ -1,6 +1,6 @@
 "The versions that users have, in the lists beside this file: installing this package replaces none of them"
 
-import re, subprocess, sys
+import json, re, subprocess, sys, sysconfig, venv
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -44,6 +44,31 @@ def test_the_oldest_are_the_bounds():
     lowest = {name: Version(re.search(r'>=([\d.]+)', str(r.specifier))[1]) for name, r in BOUNDS.items()}
     assert pins(LISTS['oldest']) == lowest
     assert f"# Python {CONFIG['DEFAULT']['min_python']}\n" in LISTS['oldest']
+
+
+def with_packages(folder, versions):
+    "The interpreter of an environment in which pip finds these versions, though nothing is installed"
+    venv.create(folder)
+    paths = sysconfig.get_paths(scheme='venv', vars=dict(base=str(folder), platbase=str(folder)))
+    for name, version in versions.items():
+        info = Path(paths['purelib']) / f'{name.replace("-", "_")}-{version}.dist-info'
+        info.mkdir()
+        (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
+    return next(Path(paths['scripts']).glob('python*'))
+
+
+def dry_run(python, requirements):
+    "What pip would install there without looking for anything elsewhere, or None if it would have to"
+    command = [sys.executable, '-m', 'pip', '--python', python, 'install', '--dry-run', '--quiet', '--no-index', '--report', '-']
+    result = subprocess.run([*command, *map(str, requirements)], capture_output=True, text=True)
+    return json.loads(result.stdout)['install'] if result.returncode == 0 else None
+
+
+@pytest.mark.parametrize('name', [name for name in HOSTED if pins(LISTS[name])])
+def test_pip_would_install_nothing_but_this_package(name, tmp_path):
+    python = with_packages(tmp_path, pins(LISTS[name]))
+    assert dry_run(python, BOUNDS.values()) == []
+    assert dry_run(python, ['fastai>=2.8.12']) is None
 
 
 def solved(name, more=()):
