@@ -14,7 +14,7 @@ from fastai.callback.training import BnFreeze
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import load_learner
-from fastai.torch_core import set_seed
+from fastai.torch_core import params, set_seed
 from learners import bits, body_and_head, image, label, make_learner, pretrained, same
 from timm.layers import BatchNormAct2d
 from torch import nn
@@ -22,6 +22,8 @@ from torch.utils.data import IterableDataset
 
 from bnfreeze_fastai.all import BatchNormFreeze, BatchNormRecalibrate
 from bnfreeze_fastai.layers import norm_layers, stats_buffers
+from bnfreeze_fastai.stats.distances import snapshot
+from bnfreeze_fastai.stats.switch import bn_stats
 
 pytestmark = pytest.mark.filterwarnings('error:Running statistics were not', 'ignore:.*never trained')
 
@@ -414,6 +416,155 @@ def test_others_statistics_stay_theirs():
     other = {k: v + 1 for k, v in learn.model.state_dict().items()}
     learn.fit(1, cbs=[BatchNormRecalibrate(), At('after_epoch', lambda l: l.model.load_state_dict(other), order=63)])
     assert equal(learn.model.state_dict(), other)
+
+
+def test_what_writes_and_puts_back_other_statistics_leaves_them_to_training():
+    "Here a validation on the statistics of another domain"
+    found = []
+    for cbs in ([], [BatchNormRecalibrate()]):
+        learn = in_order(make_learner())
+        start = snapshot(learn.model)
+
+        def look(learn):
+            with bn_stats(learn.model, start, layers='0.*'):
+                learn.model(learn.dls.valid.one_batch()[0])
+
+        learn.fit(2, cbs=[*cbs, At('after_validate', look, (0, 1), order=80)])
+        found.append(stats(learn.model))
+    assert equal(*found)
+
+
+class EMAOfAll(EMA):
+    "Swaps the running statistics too, in a way that PyTorch counts or does not"
+
+    def __init__(self, put):
+        super().__init__()
+        self.put = put
+
+    def tensors(self):
+        return [*self.model.parameters(), *(b for b in self.model.buffers() if b.is_floating_point())]
+
+    def before_fit(self):
+        self.average, self.inside = bits(self.tensors()), False
+
+    def after_batch(self):
+        for a, t in zip(self.average, self.tensors()):
+            a.lerp_(t.detach(), 0.3)
+
+    @torch.no_grad()
+    def swap(self):
+        self.inside = not self.inside
+        kept = bits(self.tensors())
+        for a, t in zip(self.average, self.tensors()):
+            self.put(t, a.clone())
+        self.average = kept
+
+
+def put_data(t, a):
+    t.data = a
+
+
+@pytest.mark.parametrize('put', [torch.Tensor.copy_, lambda t, a: t.data.copy_(a), put_data], ids=['copy_', 'data.copy_', 'data ='])
+def test_an_average_that_swaps_statistics_itself(put):
+    found = []
+    for cbs in ([], [BatchNormRecalibrate()]):
+        learn = in_order(make_learner())
+        learn.fit(2, cbs=[EMAOfAll(put), *cbs])
+        found.append(stats(learn.model))
+    assert equal(*found)
+
+
+@pytest.mark.parametrize('order', [20, 62])
+def test_a_file_written_at_the_end_once_the_average_has_left(tmp_path, order):
+    plain, ours = make_learner(path=tmp_path / 'a'), make_learner(path=tmp_path / 'b')
+    for learn, cbs in ((plain, []), (ours, [BatchNormRecalibrate()])):
+        ema = EMA('after_epoch')
+        ema.order = order
+        in_order(learn).fit(2, cbs=[ema, *cbs, SaveModelCallback(at_end=True)])
+    assert equal(*(l.load('model').model.state_dict() for l in (plain, ours)))
+
+
+def test_weights_put_in_by_a_later_callback():
+    ema, learn, models = EMA(), in_order(make_learner()), []
+    ema.order = 70
+    note = At('after_pred', lambda l: l.training or models.append(copy.deepcopy(l.model)), order=80)
+    learn.fit(1, cbs=[ema, BatchNormRecalibrate(), note])
+    x = of_data(models[0], learn)['0.1']
+    torch.testing.assert_close(models[0][0][1].running_var.double(), x.var(1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_best_model_that_was_not_re_estimated_ends_exact_if_kept(tmp_path):
+    class First(Callback):
+        order = SaveModelCallback.order - 2
+
+        def after_epoch(self):
+            self.recorder.values[-1][1] = float(self.epoch != 0)
+
+    learn = in_order(make_learner(path=tmp_path))
+    learn.fit(2, cbs=[BatchNormRecalibrate(every=2, keep=True), First(), SaveModelCallback()])
+    x = of_data(learn.model, learn)['0.1']
+    torch.testing.assert_close(learn.model[0][1].running_var.double(), x.var(1), rtol=1e-4, atol=1e-5)
+
+
+def test_an_averaged_model_that_is_not_the_learners_at_the_end():
+    class Beside(EMAModel):
+        def after_fit(self):
+            pass
+
+    learn = in_order(make_learner())
+    learn.fit(2, cbs=[Beside(), BatchNormRecalibrate(keep=True)])
+    x = of_data(learn.model, learn)['0.1']
+    torch.testing.assert_close(learn.model[0][1].running_var.double(), x.var(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('then', ['lr_find', 'another'])
+def test_after_ctrl_c_in_a_validation(tmp_path, then):
+    trained, starts = {}, []
+    interrupt = At('before_validate', raises(KeyboardInterrupt), order=100)
+    learn = make_learner(path=tmp_path, cbs=BatchNormRecalibrate())
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=[interrupt, At('after_train', lambda l: trained.update(stats(l.model)))])
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, At)])
+    if then == 'lr_find':
+        learn.lr_find(num_it=4, show_plot=False)
+        learn.remove_cb(BatchNormRecalibrate)
+        assert equal(stats(learn.model), trained)
+    else:
+        learn.fit(1, cbs=[BatchNormRecalibrate(), At('before_train', lambda l: starts.append(stats(l.model)))])
+        assert equal(starts[0], trained)
+
+
+class Rearranged(Callback):
+    "Does something to every batch before the model sees it"
+
+    order = 3
+
+    def __init__(self, f):
+        self.f = f
+
+    def before_batch(self):
+        self.learn.xb = (self.f(self.xb[0]),)
+
+
+def test_what_a_callback_does_to_batches_of_validation_is_told():
+    learn = make_learner(cbs=Rearranged(lambda x: 5 * x + 3))
+    with pytest.warns(UserWarning, match="'rearranged'. may change batches in validation"):
+        learn.fit(1, cbs=BatchNormRecalibrate())
+
+
+@pytest.mark.filterwarnings('default:Running statistics were not')
+def test_a_model_that_cannot_run_on_the_loaders_batches():
+    class Permuted(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x.permute(0, 3, 1, 2))
+
+    learn = make_learner(Permuted(body_and_head()), splitter=params, cbs=Rearranged(lambda x: x.permute(0, 2, 3, 1)))
+    with pytest.warns(UserWarning, match='not re-estimated, so validation uses those of training: Given groups'):
+        learn.fit(1, cbs=BatchNormRecalibrate())
 
 
 # Copies
