@@ -24,7 +24,7 @@ def install(address):
     "Installs this package where a hosted notebook runs and nowhere else; a constraint for each package there keeps its version"
     return f'''#| hide
 #| eval: false
-# On Colab and Kaggle, install this package and leave all others as they are
+# On Colab and Kaggle, install this package and leave all others as they are. Kaggle: first switch on Internet in the settings
 ! [ -e /content ] || [ -e /kaggle ] && pip list --format freeze > are_here.txt
 ! [ -e are_here.txt ] && pip install --quiet --constraint are_here.txt "git+{address or UNKNOWN}"'''
 

@@ -1,16 +1,19 @@
 "What the tests share"
 
-import re, subprocess, sys
+import os, re, subprocess, sys
 from pathlib import Path
 
 import pytest, torch, warm
 from fastai.learner import Learner
+from fastai.torch_core import default_device
 from learners import bits, same
 
 import bnfreeze_fastai.all
 from bnfreeze_fastai.layers import MODES, norm_layers, stats_buffers
 
 torch.set_num_threads(1)
+if sys.platform == 'darwin' and 'CI' in os.environ:
+    default_device(False)  # the GPU of a hosted runner has no memory
 
 on_linux = pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc, or sends signals that other systems lack')
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from io import StringIO
 from pathlib import Path
-from tempfile import TemporaryFile
+from uuid import uuid4
 
 import numpy as np, pandas as pd
 
@@ -82,13 +82,20 @@ def _differing(old:dict, new:dict) -> str: # In words
     return '; '.join(tell(old, new, {*old, *new} - {GROWING}) + tell(a, b, a.keys() & b.keys(), 'policy '))
 
 # %% ../../nbs/choose/02_results.ipynb #50568314
+def _is_writable(folder:Path) -> bool:
+    trial = folder/f'.bnfreeze-{uuid4().hex}' # `tempfile` takes a refusal by Windows for a name that is taken, and tries again for hours
+    try: trial.touch(exist_ok=False)
+    except OSError: return False
+    trial.unlink(missing_ok=True)
+    return True
+
 def check_folder(
     folder:Path, # It may not exist yet
 ) -> None:
     "Raise `ValueError` if files could not be written there"
     path = folder.absolute()
     there = next((p for p in (path, *path.parents) if p.exists()), Path(path.anchor)) # a drive may be missing
-    with suppress(OSError), TemporaryFile(dir=there): return
+    if _is_writable(there): return
     why = 'read-only' if there.is_dir() else 'a file' if there.exists() else 'not there'
     raise ValueError(f"Nothing can be written to {folder}: {there} is {why}; give a folder that can be written to.")
 

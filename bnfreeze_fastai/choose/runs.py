@@ -133,7 +133,7 @@ def _stored_features(learn:Learner, allowed:bool) -> Iterator[bool]: # Whether t
         used = allowed
         try:
             if allowed: stack.enter_context(learn.precompute())
-        except ValueError: used = False
+        except (ValueError, OSError): used = False # not exact, or no room for them
         yield used
 
 # %% ../../nbs/choose/01_runs.ipynb #2fcd015f

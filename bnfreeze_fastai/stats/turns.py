@@ -24,7 +24,8 @@ from ..utils.devices import used_devices
 # %% ../../nbs/stats/03_turns.ipynb #b8f8f9b0
 def _thread_state() -> tuple:
     "Gradients, inference mode and autocast"
-    amp = tuple((d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in ('cpu', *used_devices()))
+    kinds = [k for k in ('cpu', *used_devices()) if torch.amp.is_autocast_available(k)]
+    amp = tuple((k, torch.get_autocast_dtype(k), torch.is_autocast_enabled(k)) for k in kinds)
     return torch.is_grad_enabled(),torch.is_inference_mode_enabled(),amp
 
 def _current_devices() -> dict[str, int]: # By kind; Apple's processors have one, which nobody sets

@@ -9,6 +9,10 @@ from __future__ import annotations
 __all__ = ['used_devices', 'device_rng', 'put_device_rng', 'has_float64', 'free_memory']
 
 # %% ../../nbs/utils/01_devices.ipynb #4f7c6ab6
+import re
+from math import inf
+from pathlib import Path
+
 import psutil, torch
 from torch import Tensor
 
@@ -39,10 +43,22 @@ def has_float64(
     return device.type != 'mps'
 
 # %% ../../nbs/utils/01_devices.ipynb #ffc4f24d
+_CGROUP = Path('/sys/fs/cgroup') # the control group of this process, as a container shows it
+_FILES = [('memory.max', 'memory.current', 'memory.stat'),
+          ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes', 'memory/memory.stat')] # version 2, and version 1
+
+def _left_in_container() -> float: # In bytes; infinite without a limit
+    for limit,used,parts in _FILES:
+        try:
+            cached = re.search(r'^(?:total_)?inactive_file (\d+)', (_CGROUP/parts).read_text(), flags=re.M) # which is given up on demand
+            return int((_CGROUP/limit).read_text()) - int((_CGROUP/used).read_text()) + int(cached[1] if cached else 0)
+        except (OSError, ValueError): continue # there is none, or it says `max`
+    return inf
+
 def free_memory(
     device:str|torch.device, # Any
 ) -> int: # In bytes
     "The memory that is free on a device"
     kind = torch.device(device).type
     told = getattr(getattr(torch, kind, None), 'mem_get_info', None)
-    return psutil.virtual_memory().available if told is None else told(device)[0]
+    return told(device)[0] if told is not None else max(0, min(psutil.virtual_memory().available, _left_in_container()))

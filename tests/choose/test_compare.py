@@ -1,6 +1,6 @@
 "Comparisons of full runs: the same weights and batches for all, nothing lost, nothing mixed up"
 
-import json, os, random, shutil, signal, time
+import errno, json, os, random, shutil, signal, time
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 from bnfreeze_fastai.choose.compare import bn_compare
 from bnfreeze_fastai.choose.results import COLUMNS, Results
 from bnfreeze_fastai.choose.runs import FITS, run_policy
+from bnfreeze_fastai.head import store
 from bnfreeze_fastai.layers import MODES
+from bnfreeze_fastai.utils import batches
 
 pytestmark = pytest.mark.slow
 
@@ -334,3 +336,16 @@ def test_settings_are_told_exactly():
 def test_one_run_has_a_row_per_epoch():
     rows = run_policy(get_learner, 'train', 0, 3, 'fine_tune')
     assert [row['epoch'] for row in rows] == [0, 1, 2, 3] and all(row['seconds'] > 0 for row in rows)
+
+
+def test_features_that_find_no_room(monkeypatch):
+    "On a full disk a run trains as it would without stored features"
+
+    def full(f, n_bytes):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    compare = partial(bn_compare, get_learner, ['frozen'], 1, 1, 'fit')
+    assert compare().df['precomputed'].all()
+    monkeypatch.setattr(store, '_reserve', full)
+    monkeypatch.setattr(batches, 'free_memory', lambda device: 0)
+    assert not compare().df['precomputed'].any()

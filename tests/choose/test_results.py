@@ -57,19 +57,22 @@ def test_other_errors_are_raised_at_once(monkeypatch, waits):
 def test_a_folder_that_only_looks_writable(monkeypatch):
     "`os.access` looks at one flag on Windows, and lies on network drives"
 
-    def refused(dir):
-        raise PermissionError(13, 'Access is denied', str(dir))
+    tried = []
 
-    monkeypatch.setattr(results, 'TemporaryFile', refused)
+    def refused(path, **how):
+        tried.append(path)
+        raise PermissionError(13, 'Access is denied', str(path))
+
+    monkeypatch.setattr(Path, 'touch', refused)
     with pytest.raises(ValueError, match='read-only'):
         check_folder(Path('new', 'below'))
-    assert os.listdir() == []
+    assert os.listdir() == [] and len(tried) == 1
 
 
 def test_a_drive_that_is_not_there(monkeypatch):
     monkeypatch.setattr(Path, 'exists', lambda self: False)
     monkeypatch.setattr(Path, 'is_dir', lambda self: False)
-    monkeypatch.setattr(results, 'TemporaryFile', lambda dir: open('/no/such/drive'))
+    monkeypatch.setattr(Path, 'touch', lambda self, **how: open('/no/such/drive'))
     with pytest.raises(ValueError, match='not there'):
         check_folder(Path('new'))
 

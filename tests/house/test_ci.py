@@ -100,13 +100,13 @@ def test_what_is_written_elsewhere_fails_the_run(checkout):
     assert (status == 1 and f'\n{stray}\n' in said) if os.getuid() == 0 else 'nobody looked' in said
 
 
-@pytest.mark.parametrize('sign', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize('sign', ['SIGTERM', 'SIGINT', 'SIGHUP'])
 def test_a_run_that_is_stopped_leaves_nothing(checkout, sign):
     change(checkout, Makefile=MAKEFILE.replace('\ntest:', '\ntest:\n\t@touch started; sleep 60'))
     process = started(checkout)
     while not list((checkout.parent / 'tmp').rglob('started')):
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(sign)
+    process.send_signal(signal.Signals[sign])
     process.communicate(timeout=20)  # its output is closed only when all that it started has ended
-    assert process.returncode == 128 + sign and not os.listdir(checkout.parent / 'tmp')
+    assert process.returncode == 128 + signal.Signals[sign] and not os.listdir(checkout.parent / 'tmp')

@@ -1,6 +1,7 @@
 "What is asked of a device that has no double precision, and of one that is not Nvidia's"
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest, torch
 from fastai.torch_core import set_seed
@@ -15,6 +16,7 @@ from bnfreeze_fastai.stats.distances import bn_drift, moved, snapshot
 from bnfreeze_fastai.stats.recalibrate import convert_bn, recalibrate_bn
 from bnfreeze_fastai.stats.shift import bn_shift
 from bnfreeze_fastai.stats.turns import InTurns
+from bnfreeze_fastai.utils import devices
 from bnfreeze_fastai.utils.devices import device_rng, free_memory, used_devices
 from bnfreeze_fastai.utils.restore import evaluating, kept_rng
 from bnfreeze_fastai.utils.tensors import fingerprint
@@ -81,7 +83,7 @@ def test_distances_are_those_of_the_cpu(pretended):
     a, b = bn_shift(here, batches(), progress=False), bn_shift(there, on_device, progress=False)
     torch.testing.assert_close(torch.tensor(b['kl']), torch.tensor(a['kl']), rtol=1e-4, atol=1e-6)
     start = snapshot(there)
-    assert {t.dtype for tensors in start.values() for t in tensors.values()} == {torch.float64}
+    assert {t.dtype for tensors in start.values() for k, t in tensors.items() if k != "num_batches_tracked"} == {torch.float64}
     convert_bn(there, on_device, progress=False)
     assert (bn_drift(there, start)['kl'] > 0).all() and (moved(there, start)['affine_moved'] > 0).all()
 
@@ -206,6 +208,30 @@ class on_:
 
     def __exit__(self, *error):
         torch.set_autocast_enabled(self.device, False)
+
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_a_container_has_less_than_the_machine(monkeypatch, version):
+    limit, used, parts = devices._FILES[2 - version]
+    monkeypatch.setattr(devices, '_CGROUP', Path())
+    for name, text in ((limit, '3000'), (used, '2000'), (parts, 'anon 900\ninactive_file 500\nactive_file 9\n')):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+    assert free_memory('cpu') == 1500
+    Path(limit).write_text('max')
+    assert free_memory('cpu') > 2**20
+
+
+def test_a_device_without_autocast(monkeypatch):
+    "That of Apple's GPUs came after PyTorch 2.4"
+    generator, known = torch.Generator(), torch.amp.is_autocast_available
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.mps, 'get_rng_state', lambda device: generator.get_state())
+    monkeypatch.setattr(torch.mps, 'set_rng_state', lambda state, device: generator.set_state(state))
+    monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda kind: kind != 'mps' and known(kind))
+    monkeypatch.setattr(torch, 'get_autocast_dtype', lambda kind: {'cpu': torch.bfloat16}[kind])
+    model = network().eval()
+    recalibrate_bn(model, batches(), method='sequential', progress=False)
 
 
 def test_free_memory_of_other_kinds_is_that_of_the_processor(monkeypatch):

@@ -1,6 +1,6 @@
 "The versions that users have, in the lists beside this file: installing this package replaces none of them"
 
-import json, re, subprocess, sys, sysconfig, venv
+import json, os, re, subprocess, sys, sysconfig, venv
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def test_the_oldest_are_the_bounds():
 def with_packages(folder, versions):
     "The interpreter of an environment in which pip finds these versions, though nothing is installed"
     venv.create(folder)
-    paths = sysconfig.get_paths(scheme='venv', vars=dict(base=str(folder), platbase=str(folder)))
+    paths = sysconfig.get_paths(scheme='nt' if os.name == 'nt' else 'posix_prefix', vars=dict(base=str(folder), platbase=str(folder)))
     for name, version in versions.items():
         info = Path(paths['purelib']) / f'{name.replace("-", "_")}-{version}.dist-info'
         info.mkdir()
