@@ -11,7 +11,8 @@ __all__ = ['StepStats']
 # %% ../../nbs/stats/11_accumulate.ipynb #c3d46524
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ class _Call(NamedTuple):
     number:int # 0 for the first call in a batch
     moments:Moments
     counts:Tensor|int # What it adds to `num_batches_tracked`
+    updates:Tensor # How often it updated the statistics, as far as can be seen
 
     def finite(self) -> bool: return all_finite([self.moments.mean, self.moments.m2])
 
@@ -59,11 +61,62 @@ class _Call(NamedTuple):
             old = b.data.to(new.dtype)
             b.data.copy_(old + share*(new-old))
 
+# %% ../../nbs/stats/11_accumulate.ipynb #5d0c7a91
+def _itself(o): return o
+
+class _Collecting(Temporary):
+    "Stands in for the `forward` of a layer: tells what a batch does to its statistics, and leaves them as they were"
+    def __init__(self, layer:nn.Module, stats:StepStats):
+        self.layer,self.stats,self.below,self.inside = layer,stats,vars(layer).get('forward'),False
+
+    @property
+    def forward(self): return MethodType(type(self.layer).forward, self.layer) if self.below is None else self.below
+    @property
+    def lasting(self): # a `forward` that the layer had itself belongs into copies
+        return self.below.lasting if isinstance(self.below, Temporary) else self.below is not None
+    def __reduce_ex__(self, protocol:int) -> tuple: return _itself,(self.forward,)
+
+    def __call__(self, *args, **kwargs) -> Any:
+        layer = self.layer
+        if self.inside or self.stats.calls is None or not layer.training or recomputes(): return self.forward(*args, **kwargs)
+        momentum,before = layer.momentum,{k: b.clone() for k,b in stats_buffers(layer).items()}
+        try:
+            self.inside,layer.momentum = True,1.
+            output = self.forward(*args, **kwargs)
+            if layer.training: self.stats.note(layer, before, next(iter((*args, *kwargs.values())))) # else it ran in eval mode
+            return output
+        finally: # PyTorch calls no forward hook after Ctrl-C, not even one with `always_call`
+            try: self.put_back(momentum, before)
+            except KeyboardInterrupt:
+                self.put_back(momentum, before)
+                raise
+
+    def put_back(self, momentum:float|None, before:Mapping[str, Tensor]) -> None:
+        self.inside,self.layer.momentum = False,momentum
+        for k,old in before.items(): getattr(self.layer, k).data.copy_(old) # autograd must not take notice
+
+def _without(forward, gone:_Collecting): # What stands in when `gone` no longer does: the guard of a fit ends after the next has begun
+    if forward is gone: return gone.below
+    if isinstance(forward, _Collecting): forward.below = _without(forward.below, gone)
+    return forward
+
+@contextmanager
+def _collecting(layer:nn.Module, stats:StepStats) -> Iterator[None]:
+    layer.forward = site = _Collecting(layer, stats)
+    try: yield
+    finally:
+        rest = _without(vars(layer).pop('forward', None), site)
+        if rest is not None: layer.forward = rest
+
 # %% ../../nbs/stats/11_accumulate.ipynb #93247de3
+def _refuse_spread():
+    raise ValueError("`DataParallel` runs copies of the model, whose statistics cannot be collected: use one device, or "
+                     "`learn.to_distributed()`.")
+
 class StepStats(Temporary):
     "What layers saw since the last optimizer step; its lifetime is a fit, its owner calls it at each batch and step"
     def __init__(self):
-        self.layers,self.inside = {},{} # layer to name; layer to what it had before the pass that it is in
+        self.layers = {} # layer to name
         self.calls:Counter|None = None # of each layer in this batch; `None` outside one
         self.fresh,self.pending,self.left_out = [],{},[] # calls to be looked at; pooled ones by layer and number; names
 
@@ -73,52 +126,55 @@ class StepStats(Temporary):
         model:nn.Module, # That they are in; `ValueError` if it was compiled, or runs as copies on several devices
     ) -> Iterator[StepStats]:
         "Within the block, update the statistics of these layers once a step"
-        refuse_compiled(model, "which goes round the hooks that collect the statistics of a step: compile it afterwards.")
-        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1: raise ValueError(
-            "`DataParallel` runs copies of the model, whose statistics cannot be collected: use one device, or `learn.to_distributed()`.")
+        refuse_compiled(model, "which goes round what collects the statistics of a step: compile it afterwards.")
+        if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in model.modules()): _refuse_spread()
         self.layers = {l: n for n,l in layers.items()}
         self.pending = {k: call for k,call in self.pending.items() if k[0] in self.layers}
-        hooks = [h for l in self.layers for h in (l.register_forward_pre_hook(self.enter),
-                 l.register_forward_hook(self.leave, with_kwargs=True, always_call=True))]
-        try: yield self
-        finally:
-            for h in hooks: h.remove()
-            for l in [*self.inside]: self._put_back(l)
+        with ExitStack() as stack:
+            for l in self.layers:
+                stack.callback(l.register_forward_pre_hook(self.refuse_replica).remove)
+                stack.enter_context(_collecting(l, self))
+            yield self
+
+    def refuse_replica(self, layer:nn.Module, args:tuple) -> None:
+        "The hook before a forward pass: the model may have been wrapped since"
+        if getattr(layer, '_is_replica', False): _refuse_spread()
 
     def begin(self) -> None:
         "A training batch begins"
         self.calls = Counter()
 
-    def enter(self, layer:nn.Module, args:tuple) -> None:
-        "The hook before a forward pass"
-        if self.calls is None or not layer.training or recomputes(): return
-        if layer in self.inside: self._put_back(layer) # Ctrl-C left it: PyTorch calls no forward hook then
-        self.inside[layer] = layer.momentum,{k: b.clone() for k,b in stats_buffers(layer).items()}
-        layer.momentum = 1.
-
-    def leave(self, layer:nn.Module, args:tuple, kwargs:dict[str, Any], output:Any) -> None:
-        "The hook after it"
-        if layer not in self.inside: return
-        n = 0 if output is None else _count(layer, next(iter((*args, *kwargs.values())))) # `None`: the layer raised
-        if n and layer.training: # unless somebody had it run in eval mode
-            before = self.inside[layer][1].get('num_batches_tracked')
-            counts = 0 if before is None else layer.num_batches_tracked-before
-            self.fresh.append(_Call(layer, self.calls[layer], _moments(layer, n), counts))
-            self.calls[layer] += 1
-        self._put_back(layer)
-
-    def _put_back(self, layer:nn.Module):
-        layer.momentum,stats = self.inside.pop(layer)
-        for k,old in stats.items(): getattr(layer, k).data.copy_(old) # autograd must not take notice
+    def note(self,
+        layer:nn.Module, # Its running statistics are now the moments of a batch
+        before:Mapping[str, Tensor], # What they were
+        x:Tensor, # The batch
+    ) -> None:
+        "A layer was called"
+        if not (n := _count(layer, x)): return
+        counts = layer.num_batches_tracked-before['num_batches_tracked'] if 'num_batches_tracked' in before else 0
+        moved = (layer.running_mean != before['running_mean']) | (layer.running_var != before['running_var'])
+        updates = moved.any().long().clamp(min=counts) # instance norm and some layers of users do not count
+        self.fresh.append(_Call(layer, self.calls[layer], _moments(layer, n), counts, updates))
+        self.calls[layer] += 1
 
 # %% ../../nbs/stats/11_accumulate.ipynb #419b3c7c
+def _updating(calls:list[_Call], names:Mapping[nn.Module, str]) -> list[_Call]:
+    "Those that updated statistics; `ValueError` if one did so several times"
+    if not calls: return []
+    updates = torch.stack([call.updates.to(calls[0].updates.device) for call in calls]).tolist() # one look, as a GPU waits for it
+    often = [*dict.fromkeys(names[call.layer] for call,n in zip(calls, updates) if n > 1)]
+    if often: raise ValueError(
+        f"{often} update their running statistics several times in one call, so that the moments of a whole step cannot be told: train "
+        "without `accumulate=True`, or fix their statistics by a mode such as 'affine-only'.")
+    return [call for call,n in zip(calls, updates) if n]
+
 @patch
 def _pool(self:StepStats):
     fresh,self.fresh = self.fresh,[]
-    fine = not fresh or all_finite([t for call in fresh for t in (call.moments.mean, call.moments.m2)]) # one look, as a GPU waits for it
+    fresh = _updating([call for call in fresh if call.layer in self.layers], self.layers)
+    fine = not fresh or all_finite([t for call in fresh for t in (call.moments.mean, call.moments.m2)]) # one look again
     for call in fresh:
         key = call.layer,call.number
-        if call.layer not in self.layers: continue
         if not fine and not call.finite(): self.left_out.append(self.layers[call.layer])
         elif key in self.pending: self.pending[key] = call._replace(moments=pool(self.pending[key].moments, call.moments))
         else: self.pending[key] = call

@@ -13,7 +13,7 @@ from __future__ import annotations
 __all__ = ['flat_snapshot', 'bn_stats', 'bn_restore']
 
 # %% ../../nbs/stats/13_switch.ipynb #1989de44
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -32,15 +32,27 @@ def flat_snapshot(
     check_snapshot(snapshot, 'snapshot')
     return {f'{layer}.{k}' if layer else k: t for layer,tensors in snapshot.items() for k,t in tensors.items()}
 
+def _is_flat(given) -> bool:
+    if not isinstance(given, Mapping) or not all(isinstance(k, str) for k in given): return False
+    return bool(given) and all(isinstance(t, Tensor) or k.endswith('_extra_state') for k,t in given.items())
+
+def _check_whole(given):
+    "Raise `ValueError` for a saved file of which a `state_dict` is a part"
+    has_stats = lambda part: isinstance(part, Mapping) and any(str(k).endswith('.running_mean') for k in part)
+    parts = [k for k,part in given.items() if has_stats(part)] if isinstance(given, Mapping) else []
+    if parts: raise ValueError(f"`snapshot` has several parts, {[*given]}, as a saved file has: give the part with the model, "
+                               f"`snapshot[{parts[0]!r}]`.")
+
 def _by_layer(given) -> Snapshot:
     "A snapshot in either form as one dict for each layer"
-    if not (isinstance(given, Mapping) and given and all(isinstance(t, Tensor) for t in given.values())):
+    if not _is_flat(given):
+        _check_whole(given)
         check_snapshot(given, 'snapshot')
-        return given
+        return {str(n): tensors for n,tensors in given.items()}
     found = {}
     for name,t in given.items():
         layer,_,k = name.rpartition('.')
-        found.setdefault(layer, {})[k] = t
+        if isinstance(t, Tensor): found.setdefault(layer, {})[k] = t
     return found
 
 # %% ../../nbs/stats/13_switch.ipynb #abccfaed
@@ -61,13 +73,38 @@ def _misfits(modules:Mapping[str, nn.Module], chosen:Mapping[str, nn.Module], gi
 
 def _kept(layer:nn.Module) -> list[str]: return [k for k in _STATS if getattr(layer, k, None) is not None]
 
+def _plain(name:str) -> str: return '.'.join(part for part in name.split('.') if part not in ('module', '_orig_mod'))
+
+def _names(given:Iterable[str], model:nn.Module, modules:Mapping[str, nn.Module]) -> dict[str, str]:
+    "The names in `given` to those that layers have here: one for each, without wrappers"
+    here = {m: n for n,m in modules.items() if hasattr(m, 'running_mean')}
+    full = {n: here[m] for n,m in model.named_modules(remove_duplicate=False) if m in here}
+    for names in ({n: n for n in here.values()}, full):
+        if names.keys() >= {*given}: return names
+    plain = {_plain(n): name for n,name in full.items()}
+    if any(plain[_plain(n)] != name for n,name in full.items()): return {} # only with those of wrappers are names clear
+    return {n: plain.get(_plain(n), _plain(n)) for n in given}
+
+def _renamed(given:Snapshot, model:nn.Module, modules:Mapping[str, nn.Module]) -> Snapshot:
+    "The statistics in `given`, by the names that layers have here; what two names of one layer tell has to be the same"
+    same = lambda a,b: a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    given,res = {n: tensors for n,tensors in given.items() if 'running_mean' in tensors},{}
+    names = _names(given, model, modules)
+    for n,tensors in given.items():
+        name = names.get(n, n)
+        res[name if same(res.get(name, tensors), tensors) else n] = tensors
+    return res
+
+def _equal(a:Tensor, b:Tensor) -> bool: # NaN where the other is
+    return a is b or a.shape == b.shape and torch.allclose(a.cpu().double(), b.cpu().double(), 0, 0, equal_nan=True)
+
 _Values = dict[nn.Module, dict[str, Tensor]] # layer to its statistics by name
 
 def _fitting(model:nn.Module, snapshot:Snapshot|Mapping[str, Tensor], layers:str) -> _Values:
     "What `snapshot` has for the layers of `model` that `layers` picks, in their types"
-    chosen,given = layers_with_stats(model, layers),_by_layer(snapshot)
-    given = {n: tensors for n,tensors in given.items() if fnmatchcase(n, layers)}
-    if misfits := _misfits(named_modules(model), chosen, given):
+    chosen,modules = layers_with_stats(model, layers),named_modules(model)
+    given = {n: tensors for n,tensors in _renamed(_by_layer(snapshot), model, modules).items() if fnmatchcase(n, layers)}
+    if misfits := _misfits(modules, chosen, given):
         raise ValueError(f"The snapshot does not fit the model: {'; '.join(misfits)}. Give one of this model, such as `snapshot(model)`, "
                          "or choose layers that both have by the glob `layers`.")
     values = {l: {k: given[n][k].to(getattr(l, k).dtype) for k in _kept(l) if k in given[n]} for n,l in chosen.items()}
@@ -85,9 +122,9 @@ def _put(values:_Values):
         _put(values)
         raise
 
-def _stored(values:_Values) -> _Values:
-    "What the layers have now in place of `values`"
-    return {l: {k: getattr(l, k).detach().clone() for k in tensors} for l,tensors in values.items()}
+def _stored(layers:Iterable[nn.Module]) -> _Values:
+    "All statistics that the layers have now"
+    return {l: {k: getattr(l, k).detach().clone() for k in _kept(l)} for l in layers}
 
 @contextmanager
 def bn_stats(

@@ -1,22 +1,24 @@
 "Statistics of a step: those of the batch that the accumulated ones stand for, whatever happens on the way"
 
-import copy, pickle, warnings
+import copy, itertools, pickle, sys, warnings
 from functools import partial
 
 import cloudpickle, pytest, torch
+import torch.nn.functional as F
 import fastai.callback.schedule
 from fastai.callback.core import Callback, CancelBatchException, CancelStepException
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.learner import load_learner
 from fastai.torch_core import set_seed
-from learners import body_and_head, make_learner, pretrained
+from learners import bits, body_and_head, make_learner, pretrained, same
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 from bnfreeze_fastai.all import BatchNormFreeze, BatchNormRecalibrate
+from bnfreeze_fastai.core import held_stats
 from bnfreeze_fastai.layers import norm_layers, stats_buffers
 from bnfreeze_fastai.stats.accumulate import StepStats
 
@@ -129,27 +131,84 @@ def test_other_dimensions():
         assert small.momentum == 0.1 and not small._forward_hooks and not small._forward_pre_hooks
 
 
-def test_a_loop_that_goes_on_after_ctrl_c():
+class CtrlC:
+    "Raises in the `at`th call of `f`, after the layer has written its statistics or before"
+
+    def __init__(self, f, at, after):
+        self.f, self.at, self.after, self.calls = f, at, after, 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        result = self.f(*args, **kwargs) if self.after or self.calls != self.at else None
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return result
+
+
+def test_a_loop_that_goes_on_after_ctrl_c(monkeypatch):
     "In a layer, where PyTorch then calls no forward hook"
     x, y = torch.randn(8, 3), torch.randn(8, 3)
     bn, one, steps = nn.BatchNorm1d(3), nn.BatchNorm1d(3), StepStats()
-
-    def interrupted(x):
-        nn.BatchNorm1d.forward(bn, x)
-        raise KeyboardInterrupt
-
+    one(y)
     with steps.on({'': bn}, bn):
         steps.begin()
-        bn.forward = interrupted
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(F, 'batch_norm', CtrlC(F.batch_norm, 1, True))
             bn(x)
-        del bn.forward
         steps.begin()
         bn(y)
         steps.commit()
-    one(y)
     close(stats(bn), stats(one))
     assert bn.momentum == 0.1
+
+
+@pytest.mark.guarantee(4)
+@pytest.mark.parametrize('norm', ['batch', 'momentum', 'cumulative', 'instance', 'timm'])
+@pytest.mark.parametrize('after', [False, True])
+def test_ctrl_c_in_a_layer_leaves_everything_right_at_once(norm, after, monkeypatch):
+    model = first_layer(NORMS[norm])
+    learn, steps = learner(model, 4), Steps()
+    momentum, name = model[0].momentum, 'instance_norm' if norm == 'instance' else 'batch_norm'
+    learn.add_cb(BatchNormFreeze(accumulate=True))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(F, name, CtrlC(getattr(F, name), 5, after))
+        learn.fit(1, cbs=[GradientAccumulation(12), steps])
+    for o in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), nn.Sequential(copy.copy(model[0]))):
+        assert o[0].momentum == momentum and ('forward' in vars(o[0])) is (o is model)
+        close(stats(o), steps.after[-1])
+    learn.bn_shift()
+    close(stats(model), steps.after[-1])
+    good = {k: v.clone() for k, v in first_layer(NORMS[norm]).state_dict().items()}
+    model.load_state_dict(good)
+    learn.remove_cb(BatchNormFreeze)
+    assert all(torch.equal(v, good[k]) for k, v in model.state_dict().items())
+    assert model[0].momentum == momentum and 'forward' not in vars(model[0]) and not model[0]._forward_pre_hooks
+
+
+def test_ctrl_c_at_any_call_inside_a_layer():
+    "Also on the way out: Python looks for signals where something is called"
+    x, bn, steps = torch.randn(8, 3), nn.BatchNorm1d(3), StepStats()
+    before, here, raised, left = stats(bn), sys._getframe(), 0, 0
+
+    def interrupt(frame, event, arg):
+        nonlocal left
+        left -= frame is not here
+        if left == 0 and frame is not here:
+            raise KeyboardInterrupt
+
+    with steps.on({'': bn}, bn):
+        while not left:  # the call was over before its turn came
+            steps.begin()
+            left = raised + 1
+            sys.setprofile(interrupt)
+            try:
+                bn(x)
+            except KeyboardInterrupt:
+                raised += 1
+            finally:
+                sys.setprofile(None)
+            assert bn.momentum == 0.1 and all(torch.equal(v, before[k]) for k, v in stats(bn).items()), raised
+    assert raised > 50
 
 
 def test_no_cancellation():
@@ -242,6 +301,87 @@ def test_a_layer_called_twice(bs):
     for a, b in zip(big.at_steps, ours.at_steps, strict=True):
         close(a, b)
     assert ours.after[-1]['bn.num_batches_tracked'] == 8
+
+
+class Ghost(nn.BatchNorm2d):
+    "Normalises parts of the batch"
+
+    def forward(self, x):
+        return torch.cat([super(Ghost, self).forward(part) for part in x.split(2)])
+
+
+class CallsItself(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) if len(x) <= 2 else torch.cat([self(part) for part in x.split(2)])
+
+
+@pytest.mark.parametrize('norm', [Ghost, CallsItself])
+def test_a_layer_that_updates_several_times_in_a_call_is_refused(norm):
+    model = first_layer(norm)
+    learn = learner(model, 4)
+    before = bits(model.state_dict().values())
+    with pytest.raises(ValueError, match=r"\['0'\] update their running statistics several times.*without `accumulate=True`"):
+        learn.fit(1, cbs=[BatchNormFreeze(accumulate=True), GradientAccumulation(12)])
+    assert same(before, model.state_dict().values()) and model[0].momentum == 0.1
+    learn.fit(1, cbs=[BatchNormFreeze(bn_above='affine-only', accumulate=True), GradientAccumulation(12)])
+    parts = learner(first_layer(norm), 2)
+    parts.fit(1, cbs=[BatchNormFreeze(accumulate=True), GradientAccumulation(12)])  # once a call
+    assert parts.model[0].num_batches_tracked == 2
+
+
+class Uncounted(nn.BatchNorm2d):
+    "As many a layer of users"
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+
+class LargeOnly(nn.BatchNorm2d):
+    "Normalises small batches by what is stored"
+
+    def forward(self, x):
+        if len(x) > 4:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, self.momentum, self.eps)
+
+
+def test_a_call_that_updates_nothing_does_not_count_as_one_that_does():
+    images = torch.stack([x for x, _ in data(20)])
+    for norm, large in ((Uncounted, images), (LargeOnly, images[:16])):
+        bn, one, steps = norm(3), norm(3), StepStats()
+        with steps.on({'': bn}, bn):
+            for part in images.split(8):
+                steps.begin()
+                bn(part)
+            steps.commit()
+        one(large)
+        close(stats(bn), stats(one))
+
+
+def own_forward(x):
+    return x * 2
+
+
+def test_blocks_that_end_in_any_order_and_a_forward_of_the_layers_own():
+    bn, steps = nn.BatchNorm1d(3), [StepStats(), StepStats(), StepStats()]
+    for own, order in itertools.product((False, True), itertools.permutations(range(3))):
+        if own:
+            bn.forward = own_forward
+        blocks = [s.on({'': bn}, bn) for s in steps]
+        for block in blocks:
+            block.__enter__()
+        for i in order:
+            blocks[i].__exit__(None, None, None)
+        assert vars(bn).get('forward') is (own_forward if own else None) and not bn._forward_pre_hooks
+
+
+@pytest.mark.guarantee(4)
+def test_copies_keep_a_forward_of_the_layers_own():
+    model = first_layer()
+    model[0].forward = own_forward
+    with held_stats({model[0]: 'train'}), StepStats().on({'0': model[0]}, model):
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert again[0].forward is own_forward and not again[0]._forward_pre_hooks
 
 
 class Checkpointed(nn.Module):
@@ -462,6 +602,7 @@ def test_copies_and_pickles_taken_in_a_batch_carry_nothing():
     for o in taken:
         if isinstance(o, nn.Module):
             assert not o[0]._forward_hooks and not o[0]._forward_pre_hooks and o[0].momentum == 0.1
+            assert 'forward' not in vars(o[0])
             o.train()(torch.randn(4, 3, 4, 4))
             assert o[0].num_batches_tracked in (1, 2)
         else:
@@ -543,8 +684,12 @@ def test_compiled_and_spread_models_are_refused():
         learn.fit(1, cbs=BatchNormFreeze(accumulate=True))
     spread = nn.DataParallel(first_layer())
     spread.device_ids = [0, 1]
-    with pytest.raises(ValueError, match='one device'), StepStats().on({}, spread):
-        pass
+    for model in (spread, nn.Sequential(spread)):
+        with pytest.raises(ValueError, match='one device'), StepStats().on({}, model):
+            pass
+    bn = nn.BatchNorm2d(3)
+    with StepStats().on({'': bn}, bn), pytest.raises(ValueError, match='one device'):
+        bn._replicate_for_data_parallel()(torch.randn(4, 3, 4, 4))  # as `DataParallel` does, wrapped since
 
 
 @pytest.mark.parametrize('wrong', [1, None, 'step', 16])

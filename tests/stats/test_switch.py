@@ -6,6 +6,7 @@ import pytest, timm, torch
 from fastai.callback.core import Callback
 from learners import bits, body_and_head, make_learner, same
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.ops import FrozenBatchNorm2d
 
 from bnfreeze_fastai.core import hold_bn_mode, set_bn_mode
@@ -96,6 +97,10 @@ def test_snapshots_from_before_the_count_was_kept():
     old = {n: {k: t for k, t in s.items() if k != 'num_batches_tracked'} for n, s in snapshot(model).items()}
     moved(model)
     assert (bn_drift(model, old).kl > 0).all()
+    before = bits(stats(model))
+    with bn_stats(model, old):
+        moved(model)
+    assert same(before, stats(model))
     bn_restore(model, old)
     assert (bn_drift(model, old).kl == 0).all() and model[0][1].num_batches_tracked == 2
 
@@ -134,6 +139,8 @@ MISFITS = {
     'none': (lambda m: None, '`snapshot` has to be a snapshot.* not None'),
     'the model': (lambda m: m, '`snapshot` has to be a snapshot.* not a Sequential'),
     'a list': (lambda m: [snapshot(m)], '`snapshot` has to be a snapshot'),
+    'names that are none': (lambda m: dict(enumerate(m.state_dict().values())), '`snapshot` has to be a snapshot'),
+    'numbers as names': (lambda m: dict(enumerate(snapshot(m).values())), 'lacks statistics'),
     'numbers': (lambda m: {'0.1': {'running_mean': 0.0}}, '`snapshot` has to be a snapshot'),
 }
 
@@ -284,14 +291,125 @@ def test_backward_after_the_block_is_an_error_and_not_a_wrong_gradient():
         loss.backward()
 
 
-@pytest.mark.parametrize('wrap', [nn.DataParallel, lambda m: torch.compile(m, backend='eager')])
-def test_names_omit_wrappers(wrap):
+def averaged(model):
+    return AveragedModel(model, use_buffers=True)
+
+
+WRAPPERS = dict(
+    none=lambda m: m,
+    parallel=nn.DataParallel,
+    compiled=lambda m: torch.compile(m, backend='eager'),
+    both=lambda m: torch.compile(nn.DataParallel(m), backend='eager'),
+    body=lambda m: nn.Sequential(nn.DataParallel(m[0]), m[1]),
+    averaged=averaged,
+)
+FORMS = dict(
+    snapshot=snapshot,
+    state_dict=lambda m: {k: t.clone() for k, t in m.state_dict().items()},
+    flat=lambda m: flat_snapshot(snapshot(m)),
+)
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('given', WRAPPERS)
+@pytest.mark.parametrize('here', WRAPPERS)
+def test_names_omit_wrappers(here, given, form):
     model = trained()
-    taken, before = snapshot(model), bits(stats(model))
-    bn_restore(wrap(moved(model)), taken)
+    taken, before = FORMS[form](WRAPPERS[given](model)), bits(stats(model))
+    wrapped = WRAPPERS[here](moved(model))
+    after = bits(stats(wrapped))
+    with bn_stats(wrapped, taken):
+        assert same(before, stats(wrapped))
+    assert same(after, stats(wrapped)) and not same(before, stats(wrapped))
+    bn_restore(wrapped, taken)
+    assert same(before, stats(wrapped))
+    if here != 'averaged':
+        bn_restore(moved(wrapped), taken, layers='0.*')
+        assert same(before[:6], stats(wrapped)[:6]) and not same(before[6:], stats(wrapped)[6:])
+
+
+class Named(nn.Module):
+    "Its own parts have the names that wrappers use"
+
+    def __init__(self, both=True):
+        super().__init__()
+        self.module = nn.Sequential(nn.BatchNorm1d(4))
+        if both:
+            self.add_module('0', nn.BatchNorm1d(4))
+
+    def forward(self, x):
+        return sum(m(x * i) for i, m in enumerate(self.children(), 2))
+
+
+@pytest.mark.parametrize('both', [False, True])
+def test_parts_that_are_named_as_wrappers_are(both):
+    model, x = Named(both), torch.randn(6, 4)
+    model(x)
+    before = bits(stats(model))
+    for given in (snapshot(model), copy.deepcopy(model.state_dict()), snapshot(nn.DataParallel(model))):
+        model(x)
+        bn_restore(model, given)
+        assert same(before, stats(model))
+    given = copy.deepcopy(nn.DataParallel(model).state_dict())
+    model(x)
+    bn_restore(nn.DataParallel(model), given)
     assert same(before, stats(model))
-    taken = snapshot(wrap(model))
-    bn_restore(moved(model), taken)
+    if both:  # `module.0` is one layer in the wrapped model, and another one here
+        with pytest.raises(ValueError, match='does not fit'):
+            bn_restore(model, given)
+    else:
+        bn_restore(model, given)
+    assert same(before, stats(model))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = nn.BatchNorm1d(4)
+
+
+@pytest.mark.parametrize('wrap', [lambda m: m, nn.DataParallel])
+def test_a_layer_in_two_places(wrap):
+    model, other = Tied(), Tied()
+    model.a(X1)
+    before, given = bits(stats(model)), copy.deepcopy(wrap(model).state_dict())
+    model.a(X1)
+    bn_restore(model, given)
+    assert same(before, stats(model))
+    bn_restore(other, {k: t for k, t in given.items() if '.b.' in f'.{k}'})  # safetensors may keep one of the names
+    assert same(before, stats(other))
+    with torch.no_grad():
+        model.a.running_mean[0] = float('nan')
+    bn_restore(other, copy.deepcopy(wrap(model).state_dict()))
+    assert torch.allclose(model.a.running_mean, other.a.running_mean, equal_nan=True)
+    other.b = nn.BatchNorm1d(4)
+    with pytest.raises(ValueError, match=r"no running statistics for \['(module.)?b'\]"):
+        bn_restore(model, wrap(other).state_dict())
+
+
+def test_files_with_several_parts():
+    learn = make_learner(model=trained())
+    learn.fit(1)
+    whole = {'model': learn.model.state_dict(), 'opt': learn.opt.state_dict()}
+    for given in (whole, {'model': whole['model']}, {'epoch': 3, 'model': whole['model']}):
+        with pytest.raises(ValueError, match=r"`snapshot\['model'\]`"):
+            bn_restore(learn.model, given)
+    bn_restore(learn.model, whole['model'])
+
+
+class WithExtra(nn.BatchNorm2d):
+    def get_extra_state(self):
+        return {'version': 2}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_state_dict_with_extra_state():
+    model = nn.Sequential(WithExtra(4))
+    before, given = bits(stats(model)), copy.deepcopy(model.state_dict())
+    model(X2)
+    bn_restore(model, given)
     assert same(before, stats(model))
 
 
