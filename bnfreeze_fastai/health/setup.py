@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['with_optimizer', 'callback_named', 'devices_of', 'is_synced', 'Setup', 'look_at']
+__all__ = ['with_optimizer', 'held_without_policy', 'callback_named', 'devices_of', 'is_synced', 'Setup', 'look_at']
 
 # %% ../../nbs/health/02_setup.ipynb #d0480af1
 from collections.abc import Iterator, Mapping
@@ -46,14 +46,18 @@ def with_optimizer(
     finally: learn.opt,learn.lr = opt,lr
 
 # %% ../../nbs/health/02_setup.ipynb #3d4ceb60
-def _held_without_policy(learn:Learner, layer:nn.Module) -> bool:
+def held_without_policy(
+    learn:Learner, # Without a policy
+    layer:nn.Module, # A norm layer
+) -> bool:
+    "Whether a mode that was set, or fastai's `BnFreeze`, holds the running statistics of `layer` in training"
     if holds := holds_on(layer): return not MODES[holds[-1].mode].updates_stats
     first,known = next(iter(affine_params(layer)), None),(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     acts = any(isinstance(cb, BnFreeze) for cb in learn.cbs) and layer is not learn.model and isinstance(layer, known)
     return acts and first is not None and not first.requires_grad
 
 def _let_go(learn:Learner, layers:Mapping[str, nn.Module]) -> list[dict[str, bool]]: # Name to whether it is not held, for each stage
-    if active_callback(learn) is None: return [{n: not _held_without_policy(learn, l) for n,l in layers.items()}]
+    if active_callback(learn) is None: return [{n: not held_without_policy(learn, l) for n,l in layers.items()}]
     return [{n: MODES[modes[n]].updates_stats for n in layers} for modes in planned_modes(learn)]
 
 def _frozen_part(learn:Learner, groups:Groups) -> set[str]: # Names of norm layers

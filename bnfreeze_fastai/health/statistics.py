@@ -65,13 +65,14 @@ def few_samples(s:Setup) -> Finding|None:
 def last_batch(s:Setup) -> Finding|None:
     "A smaller last batch that raises, or that spoils the statistics before each validation"
     last,batch = s.sizes.last,s.sizes.batch
-    if not last or last >= LIMITS.last or not batch or batch < LIMITS.last: return
+    if not last or not batch: return
     names = tuple(n for n,l in s.layers.items() if n in s.by_batch and isinstance(l, _BatchNorm))
     single = tuple(n for n in names if s.values(n) is not None and s.values(n)*last <= batch)
     what,remedy = f"a last batch of {last} sample{'s'*(last > 1)}",'`drop_last=True` in the training loader, or another batch size.'
     if single: return Finding('error', f'{what}, one value per channel', single,
         'torch raises "Expected more than 1 value per channel when training" at the end of the first epoch.', remedy)
-    if names: return Finding('warning', what, names, 'Its statistics are noise, and they are the newest when validation starts.', remedy)
+    if names and last < LIMITS.last <= batch: return Finding('warning', what, names,
+        'Its statistics are noise, and they are the newest when validation starts.', remedy)
 
 # %% ../../nbs/health/03_statistics.ipynb #de70608b
 def lagging(s:Setup) -> Finding|None:

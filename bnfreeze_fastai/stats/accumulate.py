@@ -22,6 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ..holds import Temporary, recomputes
 from ..layers import refuse_compiled, stats_buffers
 from .moments import Moments, pool
+from ..utils.devices import has_float64
 from ..utils.ranks import is_distributed
 from ..utils.tensors import all_finite
 
@@ -33,7 +34,7 @@ def _count(layer:nn.Module, x:Tensor) -> int: # Values of each channel, over all
 
 def _moments(layer:nn.Module, n:int) -> Moments:
     "The moments of a batch of `n` values, which the running statistics of `layer` are now"
-    wide = torch.float32 if layer.running_mean.device.type == 'mps' else torch.float64 # Apple's GPUs have no float64
+    wide = torch.float64 if has_float64(layer.running_mean.device) else torch.float32
     mean,var = (b.to(wide, copy=True) for b in (layer.running_mean, layer.running_var))
     if isinstance(layer, _InstanceNorm): return Moments(n, mean, var*n, n, False)
     return Moments(n, mean, var*(n-1), n-1, True)

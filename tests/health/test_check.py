@@ -164,6 +164,16 @@ def test_a_last_batch_of_one(kind, drop_last):
         train(learn, 1)
 
 
+@pytest.mark.parametrize('n,bs', [(9, 2), (10, 3)])
+def test_a_last_batch_of_one_where_all_are_small(n, bs):
+    learn = of_shape(*KINDS['1d'], n=n, bs=bs)
+    assert finding(learn, 'last batch of 1').severity == 'error'
+    with pytest.raises(ValueError, match='Expected more than 1 value per channel'):
+        train(learn, 1)
+    learn = of_shape(nn.BatchNorm2d, (3, 8, 8), n=n, bs=bs)  # small batches are told anyway
+    assert not any('last batch' in w for w in whats(learn))
+
+
 @pytest.mark.parametrize('n,severity', [(33, 'warning'), (35, 'warning'), (36, None), (48, None)])
 def test_a_small_last_batch_where_each_image_has_many_values(n, severity):
     learn = of_shape(nn.BatchNorm2d, (3, 8, 8), n=n, bs=16)
@@ -446,7 +456,11 @@ def named(name, base=Callback, **attrs):
 @pytest.mark.parametrize(
     'name,averages',
     [(n, True) for n in ('EMACallback', 'ModelEma', 'EMA', 'SWA', 'SWACallback', 'FastSwa', 'WeightAveraging', 'swa', 'my_ema_cb')]
-    + [(n, False) for n in ('SemanticCallback', 'SCHEMA', 'SWAPCallback', 'Emanate', 'AverageLoss', 'Swapper', 'Remap')],
+    + [(n, True) for n in ('ExponentialMovingAverage', 'PolyakAveraging', 'MovingAverageCallback')]
+    + [
+        (n, False)
+        for n in ('SemanticCallback', 'SCHEMA', 'SWAPCallback', 'Emanate', 'AverageLoss', 'Swapper', 'Remap', 'MovingAverageLoss')
+    ],
 )
 def test_callbacks_that_average_weights(name, averages):
     assert any('averages weights' in w for w in whats(healthy(cbs=named(name)))) == averages
