@@ -89,8 +89,8 @@ def lagging(s:Setup) -> Finding|None:
         f"{first_names([worst])} has {_told_momentum(moving[worst])} and needs {steps_until(moving[worst], LIMITS.left)} steps until "
         f"{LIMITS.left:.0%} is left of what is stored now{', in some layers the initial mean 0 and variance 1' if fresh else ''}. "
         'Evaluation uses what is stored.',
-        f'`set_bn_momentum(learn.model, half_life={max(1, updates[worst]//5)})`, or exact statistics after the fit by `learn.recalibrate_bn()`, '
-        'or at each validation by `BatchNormRecalibrate`.')
+        f'`set_bn_momentum(learn.model, half_life={max(1, updates[worst]//5)})`, or exact statistics after the fit by '
+        '`learn.recalibrate_bn()`, or at each validation by `BatchNormRecalibrate`.')
 
 def _told_steps(steps:int, updates:int) -> str:
     return f'{steps} steps' if updates == steps else f'{steps} batches, {updates} of which move it'
