@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader as TorchLoader
+from torch.utils.data import BatchSampler, DataLoader as TorchLoader
 
 from ..utils.batches import tensors_in
 from ..utils.restore import kept_rng, standing_in
@@ -63,11 +63,18 @@ def sizes_of(
     inputs:tuple=(), # One of its batches, if it could be had
 ) -> Sizes:
     "The sizes of the batches of `dl`"
-    bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
-    samples = _length(dl.sampler) if isinstance(dl, TorchLoader) else getattr(dl, 'n', None)
+    bs,samples,drop_last = _told_by(dl)
     if not bs: return Sizes(next((len(t) for t in tensors_in(inputs) if t.dim()), None), None, _length(dl))
-    last = samples % bs if samples and samples > bs and not dl.drop_last else 0
+    last = samples % bs if samples and samples > bs and not drop_last else 0
     return Sizes(min(bs, samples or bs), last or None, _length(dl))
+
+def _told_by(dl) -> tuple[int|None, int|None, bool]: # Batch size, samples in an epoch, `drop_last`
+    if not isinstance(dl, TorchLoader):
+        samples = getattr(dl, 'partial_n', None) or getattr(dl, 'n', None) # of fastai's `PartialDL`
+        return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None),samples,getattr(dl, 'drop_last', False)
+    batches = dl.batch_sampler
+    if type(batches) is BatchSampler: return batches.batch_size,_length(batches.sampler),batches.drop_last
+    return dl.batch_size,_length(dl.sampler),dl.drop_last
 
 def _length(o) -> int|None:
     try: return len(o)

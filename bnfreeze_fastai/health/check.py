@@ -47,7 +47,7 @@ def _title(s:Setup) -> str:
     if s.sizes.steps: parts.append(f"{_counted(s.sizes.steps, 'step')} an epoch")
     fewest = min((v for n in s.by_batch if (v := s.values(n)) is not None), default=None)
     if fewest: parts.append(f"at least {_counted(fewest, 'value')} per channel")
-    forget = f" Statistics forget all but {LIMITS.left:.0%} of what they are now in {_counted(max(need), 'step')}." if need else ''
+    forget = f" Statistics forget all but {LIMITS.left:.0%} of what they are now in {_counted(max(need)*s.each, 'step')}." if need else ''
     return f"{'; '.join(parts)}.{forget}"
 
 @patch

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['FIT', 'accumulation', 'processes', 'replicas', 'checkpointing', 'averaged_weights', 'decayed', 'unknown',
+__all__ = ['FIT', 'accumulation', 'processes', 'replicas', 'checkpointing', 'averaging', 'averaged_weights', 'decayed', 'unknown',
            'frozen_but_moving', 'frozen_but_decaying']
 
 # %% ../../nbs/health/04_fit.ipynb #98c7dc29
 import re
 from math import inf
 
+from fastai.callback.core import Callback
 from fastai.callback.training import BnFreeze, GradientAccumulation
+from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -69,13 +71,19 @@ def checkpointing(s:Setup) -> Finding|None:
         '`learn.add_cb(BatchNormFreeze())`: the repeated pass does not count.')
 
 _AVERAGES = re.compile(r'(?<![A-Z])(EMA|SWA)(?![A-Z](?![a-z]))|(Ema|Swa)(?![a-z])|(^|_)(ema|swa)(_|$)'
-                       r'|(Weight|Model)s?Averag|Averaged?(Weight|Model)')
+                       r'|(Weight|Model)s?Averag|Averaged?(Weight|Model)|(MovingAverage|PolyakAverag)(?!.*(Loss|Metric|Meter))')
 
 def _averages(o) -> bool: return any(_AVERAGES.search(c.__name__) for c in type(o).__mro__)
 
+def averaging(
+    learn:Learner,
+) -> list[Callback]:
+    "The callbacks that average weights, by their names or those of what they hold"
+    return [cb for cb in learn.cbs if _averages(cb) or any(map(_averages, vars(cb).values()))]
+
 def averaged_weights(s:Setup) -> Finding|None:
     "Statistics of other weights"
-    cbs = [cb for cb in s.learn.cbs if _averages(cb) or any(map(_averages, vars(cb).values()))]
+    cbs = averaging(s.learn)
     if cbs and s.moving and not any(isinstance(cb, BatchNormRecalibrate) for cb in s.learn.cbs):
         return Finding('warning', f'`{type(cbs[0]).__name__}` averages weights, and their statistics will be stale',
             tuple(n for n in s.layers if n in s.moving),

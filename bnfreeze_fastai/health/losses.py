@@ -9,12 +9,13 @@ from __future__ import annotations
 __all__ = ['Condition', 'Estimate', 'Losses', 'joined', 'losses_of', 'losses_under']
 
 # %% ../../nbs/health/06_losses.ipynb #a4aca23c
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from math import inf, nan, sqrt
 from typing import Any, NamedTuple
 
 import torch
+from fastai.callback.rnn import RNNCallback
 from fastai.learner import Learner
 from scipy.stats import t as student
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from ..layers import named_modules
 from ..stats.observe import undisturbed
 from ..utils.batches import check_device, model_inputs, with_progress
 from ..utils.ranks import on_all_ranks, this_rank
+from ..utils.tensors import put_back
 
 # %% ../../nbs/health/06_losses.ipynb #4866a536
 class Estimate(NamedTuple):
@@ -82,6 +84,20 @@ def _of_samples(learn:Learner, pred, yb:tuple, n:int, total:bool) -> Tensor|None
     each = each.detach().reshape(n, -1)
     return (each.sum(1) if total else each.mean(1)).cpu().double()
 
+def _loss(learn:Learner, pred, yb:tuple) -> Tensor: # Of the batch; `ValueError` if it cannot be had
+    try: return torch.as_tensor(learn.loss_func(pred, *yb)).detach().mean().cpu().double()
+    except Exception as e: raise ValueError(
+        f"The loss function raises {type(e).__name__} on what the model gives: {e}. Callbacks are off here: one that changes predictions "
+        "or targets before the loss, as in `after_pred`, is not called.") from e
+
+@contextmanager
+def _kept_by_loss(loss_func) -> Iterator[None]:
+    "On leaving, the buffers in `loss_func` are as they were, such as those of a network that compares features"
+    held = [loss_func, *(getattr(loss_func, k, None) for k in ('func', '__self__')), *getattr(loss_func, '__dict__', {}).values()]
+    buffers = {b: b.detach().clone() for m in held if isinstance(m, nn.Module) for b in m.buffers()}
+    try: yield
+    finally: put_back(buffers)
+
 def losses_of(
     learn:Learner,
     pred, # Of the model
@@ -90,7 +106,7 @@ def losses_of(
 ) -> Losses:
     "The losses of a batch, with the mean that the Learner's loss function gives"
     total = _reduction(learn.loss_func) == 'sum'
-    loss = torch.as_tensor(learn.loss_func(pred, *yb)).detach().mean().cpu().double() / (n if total else 1)
+    loss = _loss(learn, pred, yb) / (n if total else 1)
     each = _of_samples(learn, pred, yb, n, total)
     if each is None: return Losses(loss[None], torch.tensor([n]))
     if not each.isfinite().all() or not loss.isfinite(): each = loss.expand(n)
@@ -104,9 +120,11 @@ def _one_batch(learn:Learner, root:nn.Module, batch, n_inp:int|None, conditions:
     yb = tuple(batch[len(xb):]) if not isinstance(batch, Tensor) else ()
     if not yb: raise ValueError("The batches have no targets, so there is no loss: give the Learner data with targets.")
     check_device(xb, root)
+    gives_more = any(isinstance(cb, RNNCallback) for cb in learn.cbs) # which takes the first
     found,n = {},len(yb[0]) if isinstance(yb[0], Tensor) and yb[0].dim() else len(xb[0])
     for name,condition in conditions.items():
         with condition(): pred = root(*xb)
+        if gives_more and isinstance(pred, (tuple, list)): pred = pred[0][-1] if isinstance(pred[0], (tuple, list)) else pred[0]
         found[name] = losses_of(learn, pred, yb, n)
     return found
 
@@ -121,7 +139,7 @@ def losses_under(
     "The losses of the same samples under each condition; flags, buffers and random numbers are as before"
     root,show = named_modules(learn.model)[''],progress and this_rank() == 0
     def run():
-        with undisturbed(root, batches):
+        with undisturbed(root, batches), _kept_by_loss(learn.loss_func):
             return [_one_batch(learn, root, b, n_inp, conditions) for b in with_progress(batches, n_batches, show)]
     found = [losses for of_rank in on_all_ranks(run, learn.model) for losses in of_rank]
     return {name: joined(losses[name] for losses in found) for name in conditions} if found else {}

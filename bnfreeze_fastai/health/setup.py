@@ -6,28 +6,30 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['with_optimizer', 'callback_named', 'devices_of', 'is_synced', 'Setup', 'look_at']
+__all__ = ['with_optimizer', 'held_without_policy', 'callback_named', 'devices_of', 'is_synced', 'Setup', 'look_at']
 
 # %% ../../nbs/health/02_setup.ipynb #d0480af1
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-from fastai.callback.training import BnFreeze
+from fastai.callback.training import BnFreeze, GradientAccumulation
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..freeze.callback import BatchNormFreeze, active_callback
 from ..freeze.groups import Groups, frozen_by_hand
 from ..freeze.in_force import frozen_in_force, planned_modes
+from ..freeze.stages import stages
 from ..utils.in_fit import as_in_fit
 from .batches import Seen, Sizes, first_batch, seen_by_layers, sizes_of
 from ..holds import holds_on
 from ..layers import BN_TYPES, MODES, affine_params, keeps_stats, updates_stats
-from ..utils.batches import model_inputs
+from ..utils.batches import model_inputs, tensors_in
 from ..utils.ranks import is_distributed
 from ..utils.restore import kept_rng
 
@@ -46,15 +48,29 @@ def with_optimizer(
     finally: learn.opt,learn.lr = opt,lr
 
 # %% ../../nbs/health/02_setup.ipynb #3d4ceb60
-def _held_without_policy(learn:Learner, layer:nn.Module) -> bool:
+def held_without_policy(
+    learn:Learner, # Without a policy
+    layer:nn.Module, # A norm layer
+) -> bool:
+    "Whether a mode that was set, or fastai's `BnFreeze`, holds the running statistics of `layer` in training"
     if holds := holds_on(layer): return not MODES[holds[-1].mode].updates_stats
     first,known = next(iter(affine_params(layer)), None),(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     acts = any(isinstance(cb, BnFreeze) for cb in learn.cbs) and layer is not learn.model and isinstance(layer, known)
     return acts and first is not None and not first.requires_grad
 
 def _let_go(learn:Learner, layers:Mapping[str, nn.Module]) -> list[dict[str, bool]]: # Name to whether it is not held, for each stage
-    if active_callback(learn) is None: return [{n: not _held_without_policy(learn, l) for n,l in layers.items()}]
+    if active_callback(learn) is None: return [{n: not held_without_policy(learn, l) for n,l in layers.items()}]
     return [{n: MODES[modes[n]].updates_stats for n in layers} for modes in planned_modes(learn)]
+
+def _share_of_fit(learn:Learner, let_go:list[dict[str, bool]]) -> dict[str, float]: # Name to the share in which it is not held
+    cb = active_callback(learn)
+    starts = [0.] if cb is None else [at for at,_ in stages(cb.bn_policy, cb.schedule)]
+    return {n: sum(end-at for at,end,free in zip(starts, [*starts[1:], 1.], let_go) if free[n]) for n in let_go[0]}
+
+def _batches_a_step(learn:Learner, batch:int|None) -> int: # After which accumulated statistics move
+    cb = next((cb for cb in learn.cbs if isinstance(cb, GradientAccumulation)), None)
+    if cb is None or not batch or not getattr(active_callback(learn), 'accumulate', False): return 1
+    return max(1, ceil(cb.n_acc/batch))
 
 def _frozen_part(learn:Learner, groups:Groups) -> set[str]: # Names of norm layers
     frozen,cb = frozen_in_force(learn),active_callback(learn)
@@ -95,11 +111,13 @@ class Setup(NamedTuple):
     groups:Groups
     frozen:set[str] # those in the frozen part
     by_batch:set[str] # those that normalise a training batch with its own statistics, at some stage of the fit
-    moving:set[str] # those whose running statistics move, at some stage
+    moving:dict[str, float] # those whose running statistics move at some stage, and in which share of the fit
+    each:int # batches of the loader after which they move once; 1 unless they are accumulated
     held:set[str] # those whose running statistics, if they have any, are held from the start
     sizes:Sizes # of the training batches
     seen:dict[str, Seen] # what one of them gives each layer, in the order of the calls
     why:str # this could not be seen; empty if it could
+    inputs:list[Tensor] # of the model, from one of them, those of floats; empty if it could not be had
 
     def share(self, name:str) -> float: # 1 unless devices or processes matter
         "How many times the samples of the loader's batch are normalised together"
@@ -115,15 +133,16 @@ class Setup(NamedTuple):
         if name not in self.seen: return None
         return int(self.seen[name].values*(self.share(name) if isinstance(self.layers[name], _BatchNorm) else 1))
 
-def _look_at_batch(learn:Learner, layers:Mapping[str, nn.Module]) -> tuple[Sizes, dict[str, Seen], str]:
+def _look_at_batch(learn:Learner, layers:Mapping[str, nn.Module]) -> tuple[Sizes, dict[str, Seen], str, list[Tensor]]:
     dl,inputs = None,()
     try:
         dl = learn.dls[0]
         device = next((t.device for t in (*learn.model.parameters(), *learn.model.buffers())), None)
         inputs = model_inputs(as_in_fit(first_batch(dl), device), getattr(learn.dls, 'n_inp', None))
-    except Exception as e: return sizes_of(dl),{},f'No training batch could be had ({type(e).__name__}: {e})'
+    except Exception as e: return sizes_of(dl),{},f'No training batch could be had ({type(e).__name__}: {e})',[]
+    floats = [t for t in tensors_in(inputs) if t.is_floating_point() and t.numel()]
     seen,why = seen_by_layers(learn.model, layers, inputs)
-    return sizes_of(dl, inputs),seen,why and f'The model could not be run on a training batch ({why})'
+    return sizes_of(dl, inputs),seen,why and f'The model could not be run on a training batch ({why})',floats
 
 def look_at(
     learn:Learner, # With an optimizer, as from `with_optimizer`
@@ -132,9 +151,12 @@ def look_at(
     "What the checks need to know of `learn`, which is left as it was"
     groups = Groups(learn.model, learn.opt.param_lists)
     layers = {n: l for n,l in groups.norms.items() if isinstance(l, BN_TYPES)}
-    stages = _let_go(learn, layers)
-    free = {n for n in layers if any(stage[n] for stage in stages)}
+    let_go = _let_go(learn, layers)
+    free = {n for n in layers if any(stage[n] for stage in let_go)}
     by_batch = {n for n,l in layers.items() if n in free or not keeps_stats(l)}
-    held = {n for n,free_now in stages[0].items() if not free_now}
-    moving = {n for n in free if updates_stats(layers[n])}
-    return Setup(learn, epochs, layers, groups, _frozen_part(learn, groups), by_batch, moving, held, *_look_at_batch(learn, layers))
+    held = {n for n,free_now in let_go[0].items() if not free_now}
+    share = _share_of_fit(learn, let_go)
+    moving = {n: share[n] for n in layers if n in free and updates_stats(layers[n])}
+    sizes,*seen = _look_at_batch(learn, layers)
+    each = _batches_a_step(learn, sizes.batch)
+    return Setup(learn, epochs, layers, groups, _frozen_part(learn, groups), by_batch, moving, each, held, sizes, *seen)

@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['LIMITS', 'STATISTICS', 'Limits', 'one_value', 'few_samples', 'last_batch', 'lagging', 'never_moving',
            'last_batches_only', 'not_finite', 'untrained_and_held', 'nothing_to_hold', 'switched_off', 'half_precision',
-           'dead_but_varying', 'constant_input']
+           'dead_but_varying', 'not_finite_input', 'constant_input']
 
 # %% ../../nbs/health/03_statistics.ipynb #0649b311
 from math import inf, sqrt
@@ -65,30 +65,35 @@ def few_samples(s:Setup) -> Finding|None:
 def last_batch(s:Setup) -> Finding|None:
     "A smaller last batch that raises, or that spoils the statistics before each validation"
     last,batch = s.sizes.last,s.sizes.batch
-    if not last or last >= LIMITS.last or not batch or batch < LIMITS.last: return
+    if not last or not batch: return
     names = tuple(n for n,l in s.layers.items() if n in s.by_batch and isinstance(l, _BatchNorm))
     single = tuple(n for n in names if s.values(n) is not None and s.values(n)*last <= batch)
     what,remedy = f"a last batch of {last} sample{'s'*(last > 1)}",'`drop_last=True` in the training loader, or another batch size.'
     if single: return Finding('error', f'{what}, one value per channel', single,
         'torch raises "Expected more than 1 value per channel when training" at the end of the first epoch.', remedy)
-    if names: return Finding('warning', what, names, 'Its statistics are noise, and they are the newest when validation starts.', remedy)
+    if names and last < LIMITS.last <= batch: return Finding('warning', what, names,
+        'Its statistics are noise, and they are the newest when validation starts.', remedy)
 
 # %% ../../nbs/health/03_statistics.ipynb #de70608b
 def lagging(s:Setup) -> Finding|None:
     "Statistics that the fit is too short for"
     if not s.sizes.steps: return
     moving,steps = {n: s.layers[n] for n in s.layers if n in s.moving},s.sizes.steps*(s.epochs or LIMITS.epochs)
-    left = {n: share for n,l in moving.items() if (s.epochs or _is_slow(l)) and LIMITS.left < (share := share_left(l, steps)) < 1}
+    updates = {n: max(1, round(steps*s.moving[n])//s.each) for n in moving}
+    left = {n: share for n,l in moving.items() if (s.epochs or _is_slow(l)) and LIMITS.left < (share := share_left(l, updates[n])) < 1}
     if not left: return
     names = tuple(sorted(left, key=left.get, reverse=True))
     worst,fresh = names[0],any(never_trained(moving[n]) for n in names)
     return Finding('warning' if s.epochs and fresh else 'note',
-        f'statistics that lag: {left[worst]:.0%} is still what it is now after {steps} steps', names,
+        f'statistics that lag: {left[worst]:.0%} is still what it is now after {_told_steps(steps, updates[worst])}', names,
         f"{first_names([worst])} has {_told_momentum(moving[worst])} and needs {steps_until(moving[worst], LIMITS.left)} steps until "
         f"{LIMITS.left:.0%} is left of what is stored now{', in some layers the initial mean 0 and variance 1' if fresh else ''}. "
         'Evaluation uses what is stored.',
-        f'`set_bn_momentum(learn.model, half_life={max(1, steps//5)})`, or exact statistics after the fit by `learn.recalibrate_bn()`, '
-        'or at each validation by `BatchNormRecalibrate`.')
+        f'`set_bn_momentum(learn.model, half_life={max(1, updates[worst]//5)})`, or exact statistics after the fit by '
+        '`learn.recalibrate_bn()`, or at each validation by `BatchNormRecalibrate`.')
+
+def _told_steps(steps:int, updates:int) -> str:
+    return f'{steps} steps' if updates == steps else f'{steps} batches, {updates} of which move it'
 
 def _is_slow(layer:nn.Module) -> bool: return layer.momentum is None or layer.momentum < 0.1 # torch's default
 def _told_momentum(layer:nn.Module) -> str:
@@ -173,13 +178,22 @@ def dead_but_varying(s:Setup) -> Finding|None:
         f'Their statistics are held, so their output is more than {LIMITS.scale**.5:.1f} times as large as in pretraining.',
         '`learn.recalibrate_bn()` before training; `learn.bn_shift()` shows how far the data is from the statistics.')
 
+def not_finite_input(s:Setup) -> Finding|None:
+    "Inputs that make statistics NaN"
+    if s.moving and not all(t.isfinite().all() for t in s.inputs): return Finding('error',
+        'a training batch with values that are not finite', tuple(s.moving),
+        'One NaN in a batch makes the statistics of this batch NaN, and a running average does not recover.',
+        'Look for NaN in the data, and for transforms that divide by zero.')
+
 def constant_input(s:Setup) -> Finding|None:
     "Inputs that are all alike"
     first = next(iter(s.seen), None)
-    if first is None or s.seen[first].var is None or (s.seen[first].var >= s.layers[first].eps).any(): return
-    return Finding('warning', 'a training batch with next to no variance in any channel', (first,),
-        f'There is nothing to normalise: in training, batch norm scales the rest up to {s.layers[first].eps**-.5:.0f}-fold.',
+    if first is None or (var := s.seen[first].var) is None or not (var < (eps := s.layers[first].eps)).all(): return
+    own,alike = _var(s.layers[first]),[t.float().var(unbiased=False) < eps for t in s.inputs]
+    lost = len(own) and not never_trained(s.layers[first]) and (own > LIMITS.scale*(var.to(own) + eps)).all()
+    if lost or alike and all(alike): return Finding('warning', 'a training batch with next to no variance in any channel', (first,),
+        f'There is nothing to normalise: in training, batch norm scales the rest up to {eps**-.5:.0f}-fold.',
         'Look at `learn.dls.show_batch()`, at the normalisation of the inputs and at the weights before this layer.')
 
 STATISTICS = [one_value, few_samples, last_batch, lagging, never_moving, last_batches_only, not_finite, untrained_and_held,
-              nothing_to_hold, switched_off, half_precision, dead_but_varying, constant_input]
+              nothing_to_hold, switched_off, half_precision, dead_but_varying, not_finite_input, constant_input]

@@ -13,6 +13,7 @@ from __future__ import annotations
 __all__ = ['momentum_of', 'share_left', 'steps_until', 'Momenta', 'set_bn_momentum']
 
 # %% ../../nbs/stats/12_momentum.ipynb #35b9a730
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from math import ceil, expm1, inf, log, log1p
@@ -32,7 +33,8 @@ def momentum_of(
 ) -> float|None: # For the attribute `momentum` of a norm layer
     "The momentum with which running statistics have this half-life"
     if half_life is None: return None
-    if isinstance(half_life, Real) and not isinstance(half_life, bool) and 0 < half_life < inf: return -expm1(-log(2)/half_life)
+    number = isinstance(half_life, Real) and not isinstance(half_life, bool)
+    if number and 0 < half_life <= sys.float_info.max: return -expm1(-log(2)/half_life)
     raise wrong('half_life', half_life, "a number of training steps above 0, or None for a cumulative average",
                 "to keep statistics as they are, set the mode 'affine-only' or 'frozen' by `set_bn_mode`")
 

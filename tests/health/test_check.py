@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np, pandas as pd, pytest, timm, torch, torchvision
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.data import PartialDL
 from fastai.callback.training import BnFreeze, GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -19,7 +20,7 @@ from learners import bits, body_and_head, make_dls, make_learner, OPTIMIZERS, pr
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader as TorchLoader, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader as TorchLoader, IterableDataset, RandomSampler, TensorDataset
 
 from bnfreeze_fastai.core import set_bn_mode
 from bnfreeze_fastai.freeze.callback import BatchNormFreeze
@@ -165,6 +166,16 @@ def test_a_last_batch_of_one(kind, drop_last):
         train(learn, 1)
 
 
+@pytest.mark.parametrize('n,bs', [(9, 2), (10, 3)])
+def test_a_last_batch_of_one_where_all_are_small(n, bs):
+    learn = of_shape(*KINDS['1d'], n=n, bs=bs)
+    assert finding(learn, 'last batch of 1').severity == 'error'
+    with pytest.raises(ValueError, match='Expected more than 1 value per channel'):
+        train(learn, 1)
+    learn = of_shape(nn.BatchNorm2d, (3, 8, 8), n=n, bs=bs)  # small batches are told anyway
+    assert not any('last batch' in w for w in whats(learn))
+
+
 @pytest.mark.parametrize('n,severity', [(33, 'warning'), (35, 'warning'), (36, None), (48, None)])
 def test_a_small_last_batch_where_each_image_has_many_values(n, severity):
     learn = of_shape(nn.BatchNorm2d, (3, 8, 8), n=n, bs=16)
@@ -181,6 +192,33 @@ def test_the_last_batch_of_a_loader_of_torch():
     for kwargs in (dict(drop_last=True), dict(num_workers=1, persistent_workers=True, drop_last=True, shuffle=True)):
         learn.dls = loaders(**kwargs)
         assert whats(learn) == []
+
+
+class Odd(BatchSampler):
+    "Batches of other sizes than it says"
+
+
+ONE_LEFT = {
+    'a batch sampler': lambda: TorchLoader(images(33), batch_sampler=BatchSampler(RandomSampler(range(33)), 16, False)),
+    'one that drops it': lambda: TorchLoader(images(33), batch_sampler=BatchSampler(range(33), 16, True)),
+    'one of another sort': lambda: TorchLoader(images(33), batch_sampler=Odd(range(32), 16, False)),
+    'a part of the samples': lambda: PartialDL([*images(64)], bs=16, partial_n=33),
+    'a part without rest': lambda: PartialDL([*images(65)], bs=16, partial_n=32),
+    'all of them': lambda: PartialDL([*images(33)], bs=16),
+}
+
+
+def images(n):
+    return TensorDataset(torch.randn(n, 3, 8, 8), torch.arange(n) % 2)
+
+
+@pytest.mark.parametrize('kind', ONE_LEFT)
+def test_a_last_batch_of_one_in_loaders_of_every_sort(kind):
+    learn = healthy()
+    dl = ONE_LEFT[kind]()
+    learn.dls = DataLoaders(dl, make_dls(32, 16)[0])
+    one = [len(b[0]) for b in dl][-1] == 1
+    assert one == any('last batch of 1' in w for w in whats(learn))
 
 
 @pytest.mark.parametrize('bs,small', [(4, True), (15, True), (16, False), (32, False)])
@@ -288,6 +326,31 @@ def test_without_epochs_only_what_is_slow():
     assert finding(learn, 'after 20 steps').severity == 'note'
 
 
+def accumulated(n_acc, bs, n=64, **kwargs):
+    learn = healthy(n=n, bs=bs, cbs=[GradientAccumulation(n_acc), BatchNormFreeze('train', **kwargs)])
+    return learn
+
+
+@pytest.mark.parametrize('n_acc,bs', [(64, 8), (20, 8), (8, 8), (4, 8)])
+def test_statistics_that_are_accumulated_move_once_a_step(n_acc, bs):
+    for kwargs, each in ((dict(accumulate=True), -(-n_acc // bs)), (dict(), 1)):
+        learn = accumulated(n_acc, bs, **kwargs)
+        said = finding(learn, 'lag', 1).what
+        updates = 8 // each
+        assert f'{0.9**updates:.0%} is still' in said and (f'{updates} of which move it' in said) == (each > 1)
+        assert left_after(learn, 1) == pytest.approx(0.9**updates, abs=0.01)
+
+
+@pytest.mark.parametrize('at', [0.1, 0.5])
+def test_statistics_that_a_schedule_stops(at):
+    learn = healthy(n=640, cbs=BatchNormFreeze('train', schedule={at: dict(bn='affine-only', bn_above='affine-only')}))
+    updates = round(40 * at)
+    said = [w for w in whats(learn, 2) if 'lag' in w]
+    assert [f'{0.9**updates:.0%} is still' in w for w in said] == [True]
+    assert left_after(learn, 2) == pytest.approx(0.9**updates, abs=0.01)
+    assert not any('lag' in w for w in whats(healthy(n=640, cbs=BatchNormFreeze('train')), 2))
+
+
 def test_held_statistics_do_not_lag():
     learn = healthy().freeze_to_bn(-1, bn_above='affine-only')
     assert whats(learn, 1) == [] and 'forget' not in learn.bn_check().title
@@ -382,6 +445,44 @@ def test_input_without_variance():
     assert finding(learn, 'next to no variance in any channel').layers[0] == '0.1'
 
 
+def of_items(*items, model=None):
+    learn = healthy() if model is None else healthy(model=model, splitter=one_group)
+    learn.dls = DataLoaders(dl := DataLoader([*items] * 32, bs=32), dl)
+    return learn
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_a_batch_that_is_not_finite(value):
+    bad = torch.randn(3, 8, 8)
+    bad[0, 0, 0] = value
+    found = finding(of_items((torch.randn(3, 8, 8), 0), (bad, 1)), 'not finite')
+    assert found.severity == 'error' and found.layers == ('0.1', '0.4', '1.2') and 'a training batch' in found.what
+    assert not any('no variance' in w for w in whats(of_items((bad, 1))))
+
+
+class Quiet(nn.Module):
+    "As an untrained network for texts, whose signal is small before its first batch norm"
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.bn, self.out = nn.Embedding(50, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        nn.init.normal_(self.words.weight, std=1e-3)
+
+    def forward(self, x):
+        return self.out(self.bn(self.words(x).mean(1)))
+
+
+def test_a_network_that_is_quiet_is_not_broken():
+    learn = of_items(*[(torch.randint(50, (9,)), i % 2) for i in range(2)], model=Quiet())
+    assert not any('no variance' in w for w in whats(learn))
+    learn.model.bn.num_batches_tracked += 10  # trained with a variance of 1: something has gone since
+    assert finding(learn, 'no variance').layers == ('bn',)
+    learn = healthy()
+    with torch.no_grad():
+        learn.model[0][0].weight.zero_()
+    assert finding(learn, 'no variance').layers == ('0.1',)
+
+
 # The fit
 
 
@@ -447,7 +548,11 @@ def named(name, base=Callback, **attrs):
 @pytest.mark.parametrize(
     'name,averages',
     [(n, True) for n in ('EMACallback', 'ModelEma', 'EMA', 'SWA', 'SWACallback', 'FastSwa', 'WeightAveraging', 'swa', 'my_ema_cb')]
-    + [(n, False) for n in ('SemanticCallback', 'SCHEMA', 'SWAPCallback', 'Emanate', 'AverageLoss', 'Swapper', 'Remap')],
+    + [(n, True) for n in ('ExponentialMovingAverage', 'PolyakAveraging', 'MovingAverageCallback')]
+    + [
+        (n, False)
+        for n in ('SemanticCallback', 'SCHEMA', 'SWAPCallback', 'Emanate', 'AverageLoss', 'Swapper', 'Remap', 'MovingAverageLoss')
+    ],
 )
 def test_callbacks_that_average_weights(name, averages):
     assert any('averages weights' in w for w in whats(healthy(cbs=named(name)))) == averages

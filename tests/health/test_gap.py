@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt, numpy as np, pytest, timm, torch
 from cases import CASES, learner, net, samples, trained
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
+from fastai.callback.training import BnFreeze
 from fastai.data.core import DataLoaders
 from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
@@ -16,7 +17,10 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, T
 from torchvision.ops import FrozenBatchNorm2d
 
 from bnfreeze_fastai.freeze.callback import BatchNormFreeze
-from bnfreeze_fastai.health.figures import shuffled
+from bnfreeze_fastai.health.causes import causes_of, Figures, no_cause, parts_of
+from bnfreeze_fastai.health.samples import is_cut, shuffled
+from bnfreeze_fastai.health.figures import look
+from bnfreeze_fastai.health.losses import Losses
 from bnfreeze_fastai.layers import bn_layers
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 
@@ -24,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*never trained')
 KNOWN = dict(
     healthy=([], 'Nothing found'),
     low_momentum=(['stale statistics'], 'momentum is too low .* weigh 94%.*recalibrate_bn.*set_bn_momentum'),
-    averaged_weights=(['stale statistics'], 'averaged .*recalibrate_bn.*BatchNormRecalibrate'),
+    averaged_weights=(['stale statistics'], 'can be .*averaged .*recalibrate_bn.*BatchNormRecalibrate'),
     normalised_otherwise=(['different inputs'], 'another scale or offset.*factor of 2.*normalisation, transforms'),
     overfitted=(['generalisation'], 'not seen.*more data, augment more, regularise'),
 )
@@ -61,6 +65,37 @@ def test_several_causes_at_once_the_largest_first():
     assert set(names(gap)) == {'generalisation', 'stale statistics'}
     of = gap.parts.set_index('part').loss
     assert [of[name] for name in names(gap)] == sorted((of[name] for name in names(gap)), reverse=True)
+
+
+def made(**means):
+    "Losses of a hundred samples with a little noise around each mean"
+    noise = torch.linspace(-0.1, 0.1, 100).double()
+    return {k.replace('_', '-'): Losses(noise + v, torch.ones(100)) for k, v in means.items()}
+
+
+def named_of(train, valid):
+    figures = Figures(made(**train), made(**valid))
+    parts = parts_of(figures)
+    assert np.isinf(figures.gap.value) or sum(e.value for e in parts.values()) == pytest.approx(figures.gap.value)
+    return [cause.name for cause in causes_of(figures, parts, {'1': nn.BatchNorm1d(2)})], no_cause(figures)
+
+
+@pytest.mark.parametrize('batch', [0.2, 0.01])
+@pytest.mark.parametrize('re_estimated,own', [(0.8, 0.5), (0.8, 0.02), (0.02, 0.019)])
+def test_no_part_is_named_that_makes_the_loss_larger(batch, re_estimated, own):
+    "The stored statistics are best for validation: neither its own nor the re-estimated ones are a remedy"
+    train = dict(batch=batch, stored=0.1, re_estimated=0.1)
+    assert set(named_of(train, dict(stored=0.02, re_estimated=re_estimated, own=own))[0]) <= {'batch dependence'}
+    stale = dict(batch=0.1, stored=0.9, re_estimated=0.1)
+    assert named_of(stale, dict(stored=0.3, re_estimated=0.8, own=0.8))[0] == ['generalisation']
+
+
+def test_samples_that_are_not_finite_are_no_generalisation():
+    train, nan = dict(batch=0.1, stored=0.1, re_estimated=0.1), float('nan')
+    found, said = named_of(train, dict(stored=nan, re_estimated=nan, own=nan))
+    assert found == [] and said.startswith('Cannot tell: the loss is not finite')
+    assert named_of(train, dict(stored=nan, re_estimated=0.1, own=0.1))[0] == ['stale statistics']
+    assert named_of(dict(stored=0.1), dict(stored=nan))[0] == []  # without batch norm
 
 
 def test_a_network_that_relies_on_its_batch():
@@ -119,7 +154,8 @@ def by_hand(learn, statistics):
 def test_figures_by_hand():
     "Uneven batches: 100 is not a multiple of 32"
     xy, valid = samples(100), samples(70, seed=1)
-    dls = DataLoaders(*[DataLoader(TensorDataset(*o), batch_size=32) for o in (xy, valid)], device='cpu')
+    in_order = [DataLoader(TensorDataset(*o), batch_size=32, sampler=range(len(o[0]))) for o in (xy, valid)]
+    dls = DataLoaders(*in_order, device='cpu')
     learn = learner(samples(64))
     learn.dls = dls
     learn.fit(2)
@@ -217,10 +253,10 @@ def test_nothing_changes_when_it_breaks_off(error, at):
 
 def test_the_next_epochs_are_those_without_it():
     weights = []
-    for look in (False, True):
+    for looks in (False, True):
         learn = learner(samples(96), samples(64, seed=1))
         for _ in range(2):
-            if look:
+            if looks:
                 learn.bn_gap()
             learn.fit(1)
         weights.append(bits(learn.model.state_dict().values()))
@@ -377,6 +413,15 @@ def test_what_is_fixed_makes_no_gap():
     assert gap.layers.empty and 'no layer that keeps' in gap.notes[0] and 'own statistics' not in gap.title
 
 
+def test_what_bnfreeze_holds_makes_no_gap():
+    learn = make_learner(cbs=BnFreeze, train_bn=False)
+    learn.freeze()
+    gap = learn.bn_gap()
+    assert gap.layers.layer.tolist() == ['1.2'] and 'fixes the statistics of 2 of 3 layers' in ' '.join(gap.notes)
+    learn.unfreeze()
+    assert len(learn.bn_gap().layers) == 3
+
+
 def test_without_a_validation_set():
     for valid in (None, samples(0)):
         learn = trained('low_momentum')
@@ -454,6 +499,57 @@ def test_a_validation_set_in_the_order_of_its_classes():
     assert few['valid', 'own'] == pytest.approx(all_of['valid', 'own'], rel=0.2)
     dl = learn.dls.valid
     assert not torch.equal(torch.cat([y for _, y in shuffled(dl)]), y[order]) and torch.equal(torch.cat([y for _, y in dl]), y[order])
+
+
+class InBatches(DataLoader):
+    def __iter__(self):
+        return (tuple(batch) for batch in super().__iter__())
+
+
+def by_class(n=64, loader=DataLoader, **kwargs):
+    return loader(TensorDataset(torch.randn(n, 3), torch.arange(n) // 8), **{'batch_size': 8, **kwargs})
+
+
+def test_shuffled_loaders_of_torch_have_the_same_samples():
+    for dl in (by_class(), by_class(61), by_class(61, drop_last=True), by_class(batch_size=64)):
+        torch.manual_seed(0)
+        new, old = [torch.cat([y for _, y in o]) for o in (shuffled(dl), dl)]
+        assert len(new) == len(dl.dataset) and not torch.equal(new[: len(old)], old)
+        assert torch.equal(new.bincount(), (torch.arange(len(dl.dataset)) // 8).bincount())
+
+
+OWN_ORDER = {
+    'a sampler': lambda: by_class(sampler=range(64)),
+    'a batch sampler': lambda: by_class(batch_size=1, batch_sampler=[[0, 1], [2, 3], [4]]),
+    'in its own way': lambda: by_class(loader=InBatches),
+    'iterable': lambda: DataLoader(Stream(64), batch_size=8),
+    'batches as samples': lambda: by_class(batch_size=None),
+    'a list': lambda: [*by_class()],
+}
+
+
+@pytest.mark.parametrize('kind', OWN_ORDER)
+def test_loaders_with_an_order_of_their_own_keep_it_and_say_so_where_they_are_cut(kind):
+    dl = OWN_ORDER[kind]()
+    assert shuffled(dl) is dl and is_cut(dl, 2) and not is_cut(dl, None)
+    assert kind == 'iterable' or not is_cut(dl, 64)
+
+
+def test_a_validation_set_that_is_cut_in_its_order_is_noted():
+    learn = of_tensors(samples(64), samples(64, seed=1), net())
+    noted = lambda n: 'order of its own' in ' '.join(learn.bn_gap(n_batches=n).notes)
+    assert not noted(1)
+    learn.dls = DataLoaders(learn.dls[0], DataLoader(learn.dls[1].dataset, batch_size=16, sampler=range(64)), device='cpu')
+    assert noted(1) and not noted(None) and not noted(4)
+    for kwargs in (dict(shuffle=True), dict(sampler=SubsetRandomSampler(range(64)))):
+        assert not is_cut(by_class(**kwargs), 1)
+
+
+def test_layers_after_a_dropout():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.0), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    x, y = torch.randn(64, 3), torch.arange(64) % 3
+    learn = of_tensors((x, y), (x, y), model)
+    assert look(learn, 2).dropped == ['5']
 
 
 def test_a_sampler_of_the_validation_loader_is_kept():

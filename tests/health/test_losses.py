@@ -5,6 +5,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest, torch
+from fastai.callback.rnn import RNNCallback
 from fastai.learner import Learner
 from fastai.losses import (
     BaseLoss,
@@ -168,3 +169,46 @@ def test_batches_without_targets():
     for batches in ([torch.randn(4, 3, 8, 8)], [(torch.randn(4, 3, 8, 8),)]):
         with pytest.raises(ValueError, match='no targets'):
             losses_under(learn, batches, dict(stored=nullcontext), progress=False)
+
+
+class Perceptual(nn.Module):
+    "Compares features of a network with batch norm, which is in training mode"
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+    def forward(self, pred, y):
+        return F.mse_loss(self.net(pred), self.net(y))
+
+
+@pytest.mark.parametrize('how', [lambda f: f, lambda f: f.forward, lambda f: partial(f)])
+@pytest.mark.parametrize('error', [False, True])
+def test_a_loss_function_keeps_its_buffers(how, error):
+    func, learn = Perceptual(), make_learner(model=nn.Linear(4, 4), splitter=lambda m: [*m.parameters()])
+    learn.loss_func = how(func)
+    before = [b.clone() for b in func.buffers()]
+    batches = [(PRED, PRED + 1)] * 2 + [(PRED, PRED[:, :2])] * error
+    with pytest.raises(ValueError, match='loss function raises RuntimeError.*Callbacks are off') if error else nullcontext():
+        losses_under(learn, batches, dict(stored=nullcontext), progress=False)
+    assert all(map(torch.equal, before, func.buffers())) and func.training
+
+
+class Several(nn.Module):
+    def __init__(self, nested):
+        super().__init__()
+        self.net, self.nested = nn.Linear(4, 4), nested
+
+    def forward(self, x):
+        pred = self.net(x)
+        return ([x, pred] if self.nested else pred), [x], [x]
+
+
+@pytest.mark.parametrize('nested', [False, True])
+def test_a_model_for_texts_gives_more_than_its_prediction(nested):
+    learn = make_learner(model=Several(nested), splitter=lambda m: [*m.parameters()])
+    losses = lambda: losses_under(learn, [(PRED, Y)], dict(stored=nullcontext), progress=False)['stored']
+    with pytest.raises(ValueError, match='Callbacks are off'):
+        losses()
+    learn.add_cb(RNNCallback())
+    assert losses().mean.value == pytest.approx(F.cross_entropy(learn.model.net(PRED), Y).item())

@@ -75,7 +75,7 @@ def test_momentum_at_its_ends(momentum, steps):
     assert steps_until(nn.BatchNorm2d(3, momentum=momentum), 0.05) == steps
 
 
-@pytest.mark.parametrize('bad', [0, -1, float('nan'), inf, True, '20', torch.tensor(20.0), [20]])
+@pytest.mark.parametrize('bad', [0, -1, float('nan'), inf, 10**400, True, '20', torch.tensor(20.0), [20]])
 def test_bad_half_lives_change_nothing(bad):
     model = nn.Sequential(nn.BatchNorm2d(3))
     with pytest.raises(ValueError, match='`half_life` has to be a number of training steps above 0'):
