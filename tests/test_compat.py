@@ -1,14 +1,16 @@
 "What older versions lack, also where the versions at hand have it"
 
 import pytest, torch
+from fastai.callback.core import Callback
 from fastcore.script import anno_parser
-from learners import bits, same
+from learners import bits, body_and_head, make_learner, same
 from torch import nn
 from torch.torch_version import TorchVersion
 
 from bnfreeze_fastai.cli import COMMANDS, main
 from bnfreeze_fastai.compat import parsed, rewrites_stats, uncompiled
 from bnfreeze_fastai.core import hold_bn_mode, set_bn_mode
+from bnfreeze_fastai.freeze.recalibrate import BatchNormRecalibrate
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 from bnfreeze_fastai.stats.shift import bn_shift
 
@@ -54,6 +56,13 @@ def test_statistics_that_instance_norm_rounds_stay_bit_for_bit(cls, shape, mode,
     else:
         with hold_bn_mode(model, mode):
             passes()
+
+
+def test_statistics_that_instance_norm_rounds_in_a_validation_are_given_back(before_2_11):
+    learn, trained = make_learner(body_and_head(lambda n: rounding(nn.InstanceNorm2d))), []
+    note = Callback(after_train=lambda cb: trained.append(bits(learn.model.buffers())))
+    learn.fit(2, cbs=[BatchNormRecalibrate(), note])
+    assert same(trained[1], learn.model.buffers())
 
 
 @pytest.mark.parametrize('cls,shape', CASES)
