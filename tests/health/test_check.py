@@ -24,6 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader as TorchLoader, IterableDa
 
 from bnfreeze_fastai.core import set_bn_mode
 from bnfreeze_fastai.freeze.callback import BatchNormFreeze
+from bnfreeze_fastai.freeze.recalibrate import BatchNormRecalibrate
 from bnfreeze_fastai.layers import bn_layers, norm_layers
 from bnfreeze_fastai.stats.momentum import set_bn_momentum
 
@@ -567,7 +568,7 @@ def test_averages_in_a_subclass_or_in_an_attribute():
 
 def test_averages_do_no_harm_where_statistics_are_fixed_or_renewed():
     assert whats(healthy(cbs=named('EMACallback')).freeze_to_bn(-1, bn_above='affine-only')) == []
-    assert whats(healthy(cbs=[named('EMACallback'), named('BatchNormRecalibrate')])) == []
+    assert whats(healthy(cbs=[named('EMACallback'), BatchNormRecalibrate()])) == []
 
 
 def no_gradient(pred, targ):
