@@ -10,6 +10,7 @@ from conftest import ROOT
 from fastcore.script import anno_parser
 
 from bnfreeze_fastai.cli import COMMANDS, main
+from bnfreeze_fastai.compat import parsed
 
 pytestmark = pytest.mark.slow
 
@@ -272,7 +273,7 @@ def test_commands_on_pages_can_be_given(page):
     for command in (a or b for a, b in ON_A_PAGE.findall(text)):
         name, *args = shlex.split(command)
         if args:
-            anno_parser(COMMANDS[name]).parse_args(args)
+            parsed(anno_parser(COMMANDS[name]), args)
 
 
 def relabelled(folder):
