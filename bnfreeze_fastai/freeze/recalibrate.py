@@ -97,9 +97,7 @@ class BatchNormRecalibrate(Callback):
 
     def before_batch(self) -> None:
         "Measure once more if a callback that comes later has put other weights in"
-        if self.learn.training or self.learn.iter or not self._in_fit() or not self._left(): return
-        self._give_back()
-        self._reestimate()
+        if not self.learn.training and not self.learn.iter and self._in_fit() and self._left(): self._reestimate()
 
     def after_validate(self) -> None:
         "Give back what belongs to weights that have left the model"
