@@ -113,16 +113,17 @@ def split(self:Attachment,
 def apply(self:Attachment,
     policy:Policy,
     leave:Set[nn.Parameter]=frozenset(), # Norm layers' parameters that stay as they are
+    groups:Groups|None=None, # From `groups()`
 ) -> Applied:
     "Put `policy` onto the tensors: `requires_grad` of norm layers, and no gradient left on what is fixed"
-    groups,opt,point = self.groups(),self.learn.opt,self.point
+    groups,opt,point = groups or self.groups(),self.learn.opt,self.point
     now = self.look(groups)
     modes = self.modes(policy, groups, now)
     set_affine({groups.norms[n]: mode for n,mode in modes.items()}, among=groups.group_of.keys() - leave)
     if point.news(opt) is not None: self.found = {}
     self.applied = True
     point.observe(now, opt)
-    point.settle(groups.model)
+    point.settle(groups.model.parameters())
     fixed,fit = fixed_params(groups, now, modes),self.fit_now
     in_epoch = [] if fit is None or fit.guard is None else fit.guard.fixed.params
     point.fixed = list(dict.fromkeys([*in_epoch, *fixed.params]))

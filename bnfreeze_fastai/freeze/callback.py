@@ -105,7 +105,6 @@ class BatchNormFreeze(Callback):
         "Follow the schedule, and what other callbacks did since the last epoch"
         if self.fit_now is not None: self.fit_now.next_batch(self.n_iter, self.n_epoch)
     def before_step(self) -> None:
-        "Deny a gradient to what is fixed, as it is now"
         if self.fit_now is not None and self.fit_now.guard is not None: self.fit_now.guard.deny()
     def after_pred(self) -> None:
         "Put back statistics that this batch made NaN or infinite"
@@ -122,13 +121,14 @@ class BatchNormFreeze(Callback):
     def after_cancel_epoch(self) -> None:
         "The same, if the training part was cancelled; a validation that was may have left other weights in the model"
         self.after_train()
-        if self.fit_now is not None: self.fit_now.cancelled = True
+        if self.fit_now is not None: self.fit_now.cancel()
     after_cancel_fit = after_cancel_epoch
+    def after_validate(self) -> None:
+        if self.fit_now is not None and self._in_force(): self.fit_now.validated = True
     def after_epoch(self) -> None:
         "Compare once more: after the last epoch, nobody else would see what a callback wrote after the training part"
-        if self.fit_now is not None and self._in_force(): self.fit_now.compare_again()
+        if self.fit_now is not None and self._in_force(): self.fit_now.end_epoch(last=self.learn.epoch+1 == self.learn.n_epoch)
     def after_fit(self) -> None:
-        "Give back what is held"
         if not self._in_force() or not self.attachment.fits: return
         self.attachment.fits[-1].finish()
         self.attachment.fits.pop()

@@ -21,13 +21,12 @@ from .attachment import Attachment
 from ..core import set_affine
 from .groups import pretrained_norms, unknown_to_optimizer
 from .point import told_of_hands
-from .guard import Fixed, Guard, other_buffers
-from ..layers import MODES, affine_params, is_compiled, named_tensors, norm_layers, norm_params
+from .guard import Fixed, Guard, fingerprints_of, other_buffers
+from ..layers import MODES, affine_params, is_compiled, norm_layers, norm_params
 from .policy import Policy
 from ..utils.ranks import is_distributed
 from .stages import Stages
 from ..stats.accumulate import StepStats
-from ..utils.tensors import fingerprint
 
 # %% ../../nbs/freeze/08_fit.ipynb #1e775165
 class Fit:
@@ -44,7 +43,7 @@ class Fit:
         self.log:dict[float, tuple[int, int]] = {} # fraction of the fit to the epoch and batch in which its change came
         self.epoch,self.batch,self.n_batches = 0,0,1
         self.trains,self.pending = False,False # has an epoch begun, and has its first batch yet to come?
-        self.compared,self.cancelled = True,False # has what is fixed been compared, and was the epoch cancelled?
+        self.compared,self.validated,self.cancelled = True,False,False # how far the epoch is: is what is fixed compared?
         self.anew = False # was a policy set since modes were put onto the tensors?
         self.counts,self.told,self.accumulate,self.steps = Counter(),set(),accumulate,StepStats()
         if is_distributed(): self.refuse_to_change_what_trains()
@@ -96,7 +95,7 @@ def hold(self:Fit, modes:dict[str, str]) -> None:
 @patch
 def train(self:Fit) -> None:
     "An epoch trains: now this is a fit"
-    self.pending = True
+    self.pending,self.validated = True,False
     if self.trains: return
     learn,self.trains,self.flags = self.at.learn,True,{}
     self.at.applied = True
@@ -116,7 +115,7 @@ def next_batch(self:Fit, n_batches:int, n_epochs:int) -> None:
     else: self.batch += 1
     stage = self.stages.due((self.epoch + self.batch/self.n_batches) / n_epochs)
     if stage != self.stages.now or self.pending: self.start(stage)
-    self.at.point.settle(self.at.learn.model)
+    self.at.point.settle(self.at.point.flags) # the parameters of this epoch
     self.guard.finite.keep()
     self.steps.begin()
 
@@ -124,20 +123,18 @@ def next_batch(self:Fit, n_batches:int, n_epochs:int) -> None:
 def start(self:Fit, stage:int) -> None:
     "Hold what is fixed from here on, and note what it is: at the start of an epoch, or of a stage"
     before = {} if self.guard is None else self.guard.prints
-    if not self.compared: self.guard.check()
-    off = self.move(stage)
-    left_off = off if self.at.look() == self.frozen and not self.anew else frozenset()
+    if not self.compared or stage != self.stages.now or self.anew: self.guard.check()
+    off,groups = self.move(stage),self.at.groups()
+    left_off = off if self.at.look(groups) == self.frozen and not self.anew else frozenset()
     if self.guard is not None: self.guard.fixed = Fixed() # what was fixed until now counts no longer
-    modes,self.frozen,fixed = self.at.apply(self.stages.policy, left_off)
+    modes,self.frozen,fixed = self.at.apply(self.stages.policy, left_off, groups)
     self.hold(modes)
     model = self.at.learn.model
     self.guard.note(model, fixed, self.verify, before)
     self.anew,self.pending,self.compared = False,False,False
-    groups,throughout = self.at.groups(),self.stages.policy.throughout
-    for text in told_of_hands(groups, self.frozen, throughout, pretrained_norms(groups, self.at.trained)): self.at.warn_once(text)
-    if self.others is None:
-        tensors = named_tensors(model)
-        self.others = {n: fingerprint(tensors[n]) for n in other_buffers(model)}
+    by_hand = told_of_hands(groups, self.frozen, self.stages.policy.throughout, pretrained_norms(groups, self.at.trained))
+    for text in by_hand: self.at.warn_once(text)
+    if self.others is None: self.others = fingerprints_of(model, other_buffers(model))
 
 # %% ../../nbs/freeze/08_fit.ipynb #d4904275
 @patch
@@ -172,15 +169,21 @@ def compare(self:Fit) -> list[str]: # Names of other buffers of the frozen part 
     if in_eval:
         self.told.add('eval')
         warnings.warn(in_eval)
-    tensors,others,self.others = named_tensors(self.at.learn.model),self.others or {},{}
-    return sorted(n for n,old in others.items() if n in tensors and fingerprint(tensors[n]) != old)
+    others,self.others = self.others or {},{}
+    return sorted(n for n,new in fingerprints_of(self.at.learn.model, others).items() if new != others[n])
 
 @patch
-def compare_again(self:Fit) -> None:
-    "The epoch is over: check what was written after its training part"
+def end_epoch(self:Fit, last:bool) -> None:
+    "The epoch is over: compare what was written since, unless the comparison of a later epoch will find it"
     if self.guard is None or not self.compared or self.pending: return
-    if not self.cancelled: self.guard.check()
+    if last and not self.cancelled: self.guard.check()
     self.cancelled = False
+
+@patch
+def cancel(self:Fit) -> None:
+    "The epoch, or the fit after it, was cancelled"
+    if self.validated: self.guard.check()
+    else: self.cancelled = True # in a validation, other weights may be in the model
 
 @patch
 def finish(self:Fit) -> None:
@@ -191,7 +194,7 @@ def finish(self:Fit) -> None:
         self.at.apply(self.stages.policy, off)
     self.end()
     if not self.trains: return
-    self.at.point.settle(self.at.learn.model)
+    self.at.point.settle(self.at.learn.model.parameters())
     if self.counts['spoilt']: warnings.warn(
         f"{self.counts['spoilt']} of {self.counts['batches']} training batches had moments that are not finite, and were left out of the "
         "running statistics.")

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['drop_grads', 'level_slow_weights', 'Fixed', 'fixed_params', 'Guard', 'other_buffers', 'look_moving', 'told_moving']
+__all__ = ['drop_grads', 'level_slow_weights', 'Fixed', 'fixed_params', 'Guard', 'fingerprints_of', 'other_buffers',
+           'look_moving', 'told_moving']
 
 # %% ../../nbs/freeze/05_guard.ipynb #4889e736
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -100,8 +101,8 @@ class Guard(ExitStack):
     def moved(self) -> list[str]: # Names, of any rank
         "What is fixed, but has changed"
         if not self.prints: return []
-        tensors = named_tensors(self.model)
-        return all_ranks({n for n,old in self.prints.items() if n not in tensors or fingerprint(tensors[n]) != old}, self.model)
+        now = fingerprints_of(self.model, self.prints)
+        return all_ranks({n for n,old in self.prints.items() if now.get(n) != old}, self.model)
 
     def check(self) -> None:
         "Raise `RuntimeError` if something fixed has moved"
@@ -118,6 +119,14 @@ class Guard(ExitStack):
         return told_in_eval([n for n,l in self.layers.items() if l in in_eval]) if in_eval else None
 
 # %% ../../nbs/freeze/05_guard.ipynb #44be1050
+def fingerprints_of(
+    model:nn.Module,
+    names:Collection[str], # Of parameters and buffers; those that `model` has not are left out
+) -> dict[str, bytes]:
+    "The fingerprints of some tensors of `model`, by name"
+    tensors = named_tensors(model) if names else {}
+    return {n: fingerprint(tensors[n]) for n in names if n in tensors}
+
 def other_buffers(
     model:nn.Module,
 ) -> list[str]: # Dotted names

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['Frozen', 'FreezePoint', 'told_of_hands', 'check_freeze_point']
 
 # %% ../../nbs/freeze/03_point.ipynb #eb65e423
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from operator import index
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ class FreezePoint:
         if was is not None and in_fit:
             return was._replace(groups=[t if i < n else t and w for i,(t,w) in enumerate(zip(by_tensors, was.groups))], n=n)
         if was is not None and n == was.n:
-            if _flags(groups.model) == self.flags: return was
+            if _flags(groups.model.parameters()) == self.flags: return was
             untouched = [all(self.flags.get(p) == p.requires_grad for p in group) for group in groups.lists]
             by_tensors = [w if same else t for w,t,same in zip(was.groups, by_tensors, untouched)]
         return Frozen(by_tensors, frozenset(self._by_hand(groups, by_tensors)), n)
@@ -76,9 +76,11 @@ class FreezePoint:
         "Remember what a look saw"
         self.decided,self.n,self.opt,self.idx = frozen,frozen.n,opt,opt.frozen_idx
 
-    def settle(self, model:nn.Module) -> None:
+    def settle(self,
+        params:Iterable[nn.Parameter], # Those of the model
+    ) -> None:
         "Take the tensors as they are for what was decided: any change from here on was made by somebody else"
-        self.flags = _flags(model)
+        self.flags = _flags(params)
 
     def forget(self) -> None:
         "Go only by the optimizer and the tensors"
@@ -92,7 +94,7 @@ class FreezePoint:
 
     def __getstate__(self) -> dict[str, Any]: return {**vars(self), 'opt': None, 'idx': 0}
 
-def _flags(model:nn.Module) -> dict[nn.Parameter, bool]: return {p: p.requires_grad for p in model.parameters()}
+def _flags(params:Iterable[nn.Parameter]) -> dict[nn.Parameter, bool]: return {p: p.requires_grad for p in params}
 
 # %% ../../nbs/freeze/03_point.ipynb #5a04ee81
 def told_of_hands(

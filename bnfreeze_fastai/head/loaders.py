@@ -74,17 +74,21 @@ class _Itself:
     "A dataset that gives each index itself"
     def __getitem__(self, i): return i
 
+class _Rows:
+    "The indices of a batch, as one thing for a loader to move"
+    def __init__(self, idxs): self.idxs = list(idxs)
+
 @contextmanager
 def _as_indices(dl:DataLoader):
     "Let `dl` give indices in place of samples"
-    with standing_in(dl, dict(do_item=noop, do_batch=list, after_batch=noop)), dl.fake_l.no_multiproc(): yield
+    with standing_in(dl, dict(do_item=noop, do_batch=_Rows, after_batch=noop)), dl.fake_l.no_multiproc(): yield
 
 def _step_by_step(dl:DataLoader) -> Iterator[list]:
     it = iter(dl)
     while True:
         with _as_indices(dl): batch = next(it, None)
         if batch is None: return
-        yield batch
+        yield batch.idxs
 
 # %% ../../nbs/head/04_loaders.ipynb #fa1f866d
 def index_batches(

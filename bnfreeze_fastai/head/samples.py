@@ -85,7 +85,7 @@ class _SameTwice:
         return res
 
 # %% ../../nbs/head/07_samples.ipynb #276088c0
-_N_SPOTS,_SPOT_BYTES,_N_FRESH = 64,2**28,4
+_N_SPOTS,_SPOT_BYTES = 64,2**28
 
 def spread(
     n:int, # Samples
@@ -191,10 +191,10 @@ def finish(self:Samples) -> None:
     self.targets,self.source,self.contents = {},source(self.dl),Contents(self.dl)
 
 @patch
-def look_again(self:Samples) -> bool:
-    "Whether the data look the same as before; each call makes a few other samples again, and uses up no random number"
+def look_again(self:Samples, n:int=4) -> bool:
+    "Whether the data look the same as before: makes `n` samples again, others in each call, and uses up no random number"
     if not (same := self.contents.same()) or self.draws: return same
-    kept,n = list(self.kept),len(self.kept)
-    idxs = sorted({kept[(self.turn + k*n//_N_FRESH) % n] for k in range(min(_N_FRESH, n))})
+    kept = list(self.kept)
+    idxs = sorted({kept[(self.turn + k*len(kept)//n) % len(kept)] for k in range(n)})
     self.turn += 1
     with kept_rng(self.dl): return all(same_samples(b, self.kept[i]) for i,b in zip(idxs, self._alone(idxs)))

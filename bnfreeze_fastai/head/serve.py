@@ -51,9 +51,9 @@ def refuse_mixing(
     if mixing: raise ValueError(f"These callbacks change the input of the model in each batch: {', '.join(mixing)}. Remove them, as by "
                                 f"`learn.remove_cb(learn.{mixing[0]})`, or train without `precompute`.")
 
-def _refuse_stale(samples:Samples):
-    "Raise `RuntimeError` if the data are seen to have changed"
-    if samples.look_again(): return
+def _refuse_stale(samples:Samples, in_fit:bool):
+    "Raise `RuntimeError` if the data are seen to have changed; within a fit, one sample has to do"
+    if samples.look_again(1) if in_fit else samples.look_again(): return
     raise RuntimeError(f"The {samples.name} data are no longer what they were on entering: samples or labels were added, taken out, "
                        "replaced or written to. Leave the `with learn.precompute()` block and enter it again.")
 
@@ -87,8 +87,9 @@ class ServeFeatures(WatchFrozen):
         samples,store = next(((samples, store) for samples,store in self.stores if same_source(samples.source, mine)), (None, None))
         wants_input = any(isinstance(cb, GatherPredsCallback) and cb.with_input for cb in self.learn.cbs)
         if store is None or wants_input: return
+        in_fit = self.checked
         super().before_train()
-        _refuse_stale(samples)
+        _refuse_stale(samples, in_fit)
         self.learn.dl = FeatureBatches(self.learn.dl, store, getattr(self.learn, 'epoch', 0) % store.n_passes, self._serve)
 
     def _serve(self, batch:tuple) -> tuple:

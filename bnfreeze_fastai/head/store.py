@@ -89,5 +89,6 @@ class Store:
         rows:list[int],
     ) -> tuple: # Copies
         "The batch of these rows"
-        features,*targets = apply(lambda t: t[k, rows], self.batches)
+        rows = torch.tensor(rows)
+        features,*targets = apply(lambda t: t[k][rows], self.batches)
         return (features.to(self.dtype), *targets)

@@ -305,6 +305,30 @@ def test_cancelled_epochs_and_fits_are_verified_too():
 
 
 @pytest.mark.guarantee(5)
+@pytest.mark.parametrize('order', [-100, 100])
+def test_a_fit_that_stops_early_is_verified_to_its_end(order):
+    from fastai.callback.core import CancelFitException
+
+    class StopEarly(Callback):
+        writes = False
+
+        def after_validate(self):
+            if self.writes:
+                write(lambda m: m[0][1].bias)(self.learn)
+
+        def after_epoch(self):
+            raise CancelFitException
+
+    stop = StopEarly()
+    stop.order = order
+    learn = trained().freeze_to_bn(-1)
+    learn.fit(3, cbs=stop)
+    stop.writes = True
+    with pytest.raises(RuntimeError, match='0.1.bias'):
+        learn.fit(3, cbs=stop)
+
+
+@pytest.mark.guarantee(5)
 def test_an_averaging_callback_may_swap_weights():
     class Swap(Callback):
         "Validates with noise in place of the weights, as an average would stand there"
