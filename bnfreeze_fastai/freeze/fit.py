@@ -116,7 +116,7 @@ def next_batch(self:Fit, n_batches:int, n_epochs:int) -> None:
     else: self.batch += 1
     stage = self.stages.due((self.epoch + self.batch/self.n_batches) / n_epochs)
     if stage != self.stages.now or self.pending: self.start(stage)
-    self.at.point.settle(self.at.learn.model)
+    self.at.point.settle_again()
     self.guard.finite.keep()
     self.steps.begin()
 

@@ -80,6 +80,10 @@ class FreezePoint:
         "Take the tensors as they are for what was decided: any change from here on was made by somebody else"
         self.flags = _flags(model)
 
+    def settle_again(self) -> None:
+        "The same for the parameters that were there then: no walk through the model, so that every batch can do it"
+        if any(p.requires_grad != flag for p,flag in self.flags.items()): self.flags = {p: p.requires_grad for p in self.flags}
+
     def forget(self) -> None:
         "Go only by the optimizer and the tensors"
         self.opt,self.n,self.idx,self.decided,self.flags = None,0,0,None,{}
