@@ -34,17 +34,17 @@ def plain(figures):
 
 def main(names, device, quick, out):
     arch, at = QUICK if quick else FULL
-    at, end, worker = at._replace(device=device), time.perf_counter() + LIMIT, Worker(MODULE)
+    at, end = at._replace(device=device), time.perf_counter() + LIMIT
     result = plain(dict(machine(device), network=arch, scale=at._asdict(), parts={}))
     out.parent.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        most = min(BY_NAME[name], end - time.perf_counter()) if device == 'cuda' else PATIENCE
-        found = worker.run(name, (arch, at), most) if most > 1 else dict(error='no time left')
-        result['parts'][name] = plain(found)
-        print(f'{name}: {found.get("error") or "measured"}', flush=True)
-        text = json.dumps(result, indent=1, ensure_ascii=False).replace(str(Path.cwd()), '.')  # errors may name the place
-        out.write_text(text + '\n', encoding='utf-8')  # also what there is so far
-    worker.end()
+    with Worker(MODULE) as worker:
+        for name in names:
+            most = min(BY_NAME[name], end - time.perf_counter()) if device == 'cuda' else PATIENCE
+            found = worker.run(name, (arch, at), most) if most > 1 else dict(error='no time left')
+            result['parts'][name] = plain(found)
+            print(f'{name}: {found.get("error") or "measured"}', flush=True)
+            text = json.dumps(result, indent=1, ensure_ascii=False).replace(str(Path.cwd()), '.')  # errors may name the place
+            out.write_text(text + '\n', encoding='utf-8')  # also what there is so far
 
 
 if __name__ == '__main__':

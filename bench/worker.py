@@ -23,10 +23,16 @@ class Worker:
     def __init__(self, module):
         self.module, self.process = module, None
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.end()
+
     def begin(self):
         context = get_context('spawn')
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, self.module), daemon=True)
+        self.process = context.Process(target=work, args=(theirs, self.module))  # no daemon, as compilers start processes
         self.process.start()
         theirs.close()
         self.pipe.recv()
