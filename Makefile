@@ -10,7 +10,7 @@ CHECK := house/test_repo house/test_types test_core freeze/test_policy freeze/te
 # mkdocs reads where pages and site are from the environment; the first variable silences advice to leave mkdocs
 MKDOCS := NO_MKDOCS_2_WARNING=1 DOCS_PAGES="$(abspath $(OUT))/_proc" DOCS_SITE="$(abspath $(OUT))/_docs" $(BIN)/mkdocs
 
-.PHONY: demo check test oldest upgrade versions soak sweep bench experiments advice notebooks readme docs pages site docs-serve dist \
+.PHONY: demo check test oldest upgrade versions soak sweep bench gpu experiments advice notebooks readme docs pages site docs-serve dist \
     chromium clean
 
 .venv/locked: requirements-dev.txt
@@ -68,6 +68,10 @@ advice: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m bench
+
+# Tests and figures from a GPU, into one file, which the page on costs and limits shows; ten minutes, unattended
+gpu: .venv/installed
+	$(BIN)/python -m bench.gpu --out $(OUT)/bench/gpu.json
 
 # After an edit in a notebook: export the modules, run and clean the notebooks, and make the README anew; tutorials get the cells
 # for Colab and Kaggle, which name the repository once its address is in pyproject.toml

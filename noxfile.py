@@ -19,7 +19,7 @@ LISTS = {p.stem: re.search(r'^# Python (3\.\d+)$', p.read_text(encoding='utf-8')
 MATRIX = [(LISTS['oldest'], 'oldest'), *((p, name) for name, p in LISTS.items() if name != 'oldest'), *((p, 'newest') for p in PYTHONS)]
 MIDDLE = {(p, 'newest') for p in PYTHONS[1:-1]}  # which have a list of their own, so that a part of the tests will do
 QUICK = 'not distributed and not browser and not cuda'
-OTHERS = [f'--ignore=tests/{folder}' for folder in ('house', 'soak', 'sweep', 'versions')]
+OTHERS = [f'--ignore=tests/{folder}' for folder in ('gpu', 'house', 'soak', 'sweep', 'versions')]
 PART = [
     *('tests/test_compat.py', 'tests/test_core.py', 'tests/freeze/test_callback.py', 'tests/freeze/test_learner.py', 'tests/stats'),
     *(

@@ -8,12 +8,12 @@ from fastai.vision.learner import create_body
 from fastprogress.fastprogress import progress_bar
 from torchvision import models
 
-from bench.measure import BATCH, SIZE, ratio_to
+from bench.measure import Scale, ratio_to
 from bnfreeze_fastai.head.fold import folded
 from bnfreeze_fastai.head.resume import relative_error
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 
-ROUNDS, REPEATS = 7, 4
+AT, REPEATS = Scale(rounds=7), 4
 
 
 def make_body(arch):
@@ -32,23 +32,23 @@ def compiled(body, x, freezing):
     return run
 
 
-def variants(body, x):
+def variants(body, x, compiles):
     channels_last = lambda m: deepcopy(m).to(memory_format=torch.channels_last)
     fast = folded([body], x[:2])
     as_channels_last = x.to(memory_format=torch.channels_last)
-    return {
+    layouts = {
         'folded': (deepcopy(fast).to(memory_format=torch.contiguous_format), x),
         'channels_last': (channels_last(body), as_channels_last),
         'fold_frozen': (fast, as_channels_last),
-        'compile': (compiled(body, x, freezing=False), x),
-        'compile, freezing': (compiled(deepcopy(body), x, freezing=True), x),
     }
+    kinds = {'compile': (body, False), 'compile, freezing': (deepcopy(body), True)} if compiles else {}
+    return layouts | {name: (compiled(m, x, freezing), x) for name, (m, freezing) in kinds.items()}
 
 
 @torch.no_grad()
-def time_forward_passes(arch):
+def time_forward_passes(arch, at=AT, compiles=True):
     "Median over rounds of each variant's time, as a ratio to the mean of the plain passes just before and just after it"
-    body, x = make_body(arch), torch.randn(BATCH, 3, SIZE, SIZE)
+    body, x = make_body(arch).to(at.device), torch.randn(at.batch, 3, at.size, at.size).to(at.device)
     recalibrate_bn(body, [x], progress=False)
     body.eval()
 
@@ -56,10 +56,10 @@ def time_forward_passes(arch):
         for _ in range(REPEATS):
             m(x)
 
-    own = variants(body, x)
+    own = variants(body, x, compiles)
     off = relative_error(own['fold_frozen'][0](x), body(x))
     plain = partial(run, body, x)
-    rounds = pd.DataFrame([{name: ratio_to(plain, partial(run, *v)) for name, v in own.items()} for _ in progress_bar(range(ROUNDS))])
+    rounds = pd.DataFrame([{name: ratio_to(plain, partial(run, *v)) for name, v in own.items()} for _ in progress_bar(range(at.rounds))])
     return {**rounds.median().to_dict(), 'fold_frozen - plain': f'{off:.0e}'}
 
 

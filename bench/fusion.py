@@ -8,11 +8,11 @@ import pandas as pd, torch, torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 from torchvision import models
 
-from bench.measure import added_memory, compare_memory, ratio_to
+from bench.measure import Scale, added_memory, compare_memory, ratio_to
 from bnfreeze_fastai.core import hold_bn_mode
 from bnfreeze_fastai.fusion.fuse import fused_bn, kept_bytes
 
-SIZE, BATCH, ROUNDS = 224, 64, 3
+AT = Scale(rounds=3, size=224, batch=64)
 
 
 @contextmanager
@@ -28,9 +28,10 @@ VARIANTS = {
 }
 
 
-def make(arch):
+def make(arch, at=AT):
     torch.manual_seed(0)
-    return getattr(models, arch)().train(), torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(1000, (BATCH,))
+    x, y = torch.randn(at.batch, 3, at.size, at.size), torch.randint(1000, (at.batch,))
+    return getattr(models, arch)().to(at.device).train(), x.to(at.device), y.to(at.device)
 
 
 def step(block, model, x, y):
@@ -40,20 +41,20 @@ def step(block, model, x, y):
         F.cross_entropy(model(x), y).backward()
 
 
-def time_steps(arch):
+def time_steps(arch, at=AT):
     "Median over rounds of each variant's time, as a ratio to the mean of the steps in training mode just before and just after it"
-    task = make(arch)
+    task = make(arch, at)
     for block in VARIANTS.values():
         step(block, *task)
     plain, others = partial(step, nullcontext, *task), list(VARIANTS)[1:]
-    rounds = [{v: ratio_to(plain, partial(step, VARIANTS[v], *task)) for v in others} for _ in progress_bar(range(ROUNDS))]
+    rounds = [{v: ratio_to(plain, partial(step, VARIANTS[v], *task)) for v in others} for _ in progress_bar(range(at.rounds))]
     return pd.DataFrame(rounds).median().to_dict()
 
 
-def compare_kept(arch):
+def compare_kept(arch, at=AT):
     "MiB that autograd keeps, in single precision and under autocast to bfloat16"
-    (model, x, _), row = make(arch), {}
-    for name, autocast in (('float32', nullcontext()), ('bfloat16', torch.autocast('cpu', dtype=torch.bfloat16))):
+    (model, x, _), row = make(arch, at), {}
+    for name, autocast in (('float32', nullcontext()), ('bfloat16', torch.autocast(at.device, dtype=torch.bfloat16))):
         kept = {}
         for v, block in VARIANTS.items():
             with autocast, block(model):
@@ -74,7 +75,7 @@ def compare_peaks(arch):
     return compare_memory('bench.fusion', arch, VARIANTS, 'fused', 'training mode')
 
 
-TITLE = f'Full fine-tuning, {SIZE} px, batches of {BATCH}'
+TITLE = f'Full fine-tuning, {AT.size} px, batches of {AT.batch}'
 TABLES = {
     f'{TITLE}: peak memory that a step adds': compare_peaks,  # first: what the others leave allocated is not theirs to have
     f'{TITLE}: what autograd keeps, MiB': compare_kept,

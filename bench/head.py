@@ -15,13 +15,14 @@ from fastcore.basics import noop
 from fastprogress.fastprogress import progress_bar
 from torchvision import models
 
-from bench.measure import BATCH, N_BATCHES, SIZE, added_memory, compare_memory, seconds
+from bench.measure import Scale, added_memory, compare_memory, seconds
 from bnfreeze_fastai.freeze.callback import active_callback
+from bnfreeze_fastai.holds import holds_on
 from bnfreeze_fastai.layers import bn_layers
 from bnfreeze_fastai.utils.tensors import fingerprint
 import bnfreeze_fastai.learner
 
-ROUNDS = 3
+AT = Scale(rounds=3)
 
 
 class TrainOnly(Callback):
@@ -31,10 +32,10 @@ class TrainOnly(Callback):
         raise CancelValidException()
 
 
-def make_learner(arch):
+def make_learner(arch, at=AT):
     torch.manual_seed(0)
-    x = torch.randn(N_BATCHES * BATCH, 3, SIZE, SIZE)
-    dls = DataLoaders.from_dsets([(im, i % 10) for i, im in enumerate(x)], [(x[0], 0)], bs=BATCH, num_workers=0, device='cpu')
+    x = torch.randn(at.n_batches * at.batch, 3, at.size, at.size).to(at.device)  # no loader is to be measured
+    dls = DataLoaders.from_dsets([(im, i % 10) for i, im in enumerate(x)], [(x[0], 0)], bs=at.batch, num_workers=0, device=at.device)
     model = create_vision_model(getattr(models, arch), 10, pretrained=False)
     learn = Learner(
         dls, model, loss_func=CrossEntropyLossFlat(), splitter=model_meta[getattr(models, arch)]['split'], lr=1e-4, cbs=TrainOnly()
@@ -65,12 +66,12 @@ def forward_pass(learn):
 VARIANTS = {f.__name__: f for f in (fastai_freeze, freeze_to_bn, forward_pass)}
 
 
-def time_variants(arch):
+def time_variants(arch, at=AT):
     "Median over rounds of each variant's epoch, and of its ratio to the others in the same round"
-    learn = make_learner(arch)
+    learn = make_learner(arch, at)
     for f in VARIANTS.values():
         f(learn)  # warm up, and statistics to hold
-    rounds = pd.DataFrame([{name: seconds(f, learn) for name, f in VARIANTS.items()} for _ in progress_bar(range(ROUNDS))])
+    rounds = pd.DataFrame([{name: seconds(f, learn) for name, f in VARIANTS.items()} for _ in progress_bar(range(at.rounds))])
     return {
         'epoch, s': rounds['freeze_to_bn'].median(),
         '÷ fastai freeze()': (rounds['freeze_to_bn'] / rounds['fastai_freeze']).median(),
@@ -89,15 +90,15 @@ class StepCost(Callback):
     def after_batch(self):
         cb, repeats = active_callback(self.learn), 20
         layers = bn_layers(self.learn.model[0])
-        hooks = [next(iter(l._forward_pre_hooks.values())) for l in layers]
+        holds = [holds_on(l)[-1] for l in layers]
 
         def step():
             for _ in range(repeats):
                 cb.before_batch()
                 for l in layers:
                     l.training = True  # as after a stray `.train()`: the hooks have work to do
-                for hook, l in zip(hooks, layers):
-                    hook(l, ()), hook(l, (), None)
+                for hold, l in zip(holds, layers):
+                    hold.enter(l, ()), hold.leave(l, (), None)
                 cb.after_pred()
                 cb.before_step()
                 cb.after_batch()
@@ -105,13 +106,13 @@ class StepCost(Callback):
         self.own.append(seconds(step) / repeats)
 
 
-def callback_cost(arch):
+def callback_cost(arch, at=AT):
     "The callback's own time per training step and per epoch"
-    learn, cost = make_learner(arch), StepCost()
+    learn, cost = make_learner(arch, at), StepCost()
     learn.fit(1)
     learn.freeze_to_bn(-1)
     learn.fit(1, cbs=cost)
-    step = min(seconds(learn.fit, 1) for _ in range(3)) / N_BATCHES
+    step = min(seconds(learn.fit, 1) for _ in range(3)) / at.n_batches
     frozen = learn.model[0].state_dict().values()
     return {
         'per step, ms': 1e3 * median(cost.own),

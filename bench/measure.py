@@ -1,14 +1,36 @@
-"What the benchmarks share: seconds, resident memory, and processes of their own"
+"What the benchmarks share: where and on how much they run, seconds, memory, and processes of their own"
 
 import os, re, subprocess, sys, time
 from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd, torch
 
 SIZE, BATCH, N_BATCHES = 128, 16, 16
 
 
+class Scale(NamedTuple):
+    "Where to measure, and on how much"
+
+    rounds: int
+    device: str = 'cpu'
+    size: int = SIZE  # pixels along each side
+    batch: int = BATCH
+    n_batches: int = N_BATCHES
+
+
+def wait():
+    "Until the GPU has done what it was given, if there is one"
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def seconds(f, *args):
+    "By the clock, and not by events of the GPU, which would leave out what the processor does last"
+    wait()
     start = time.perf_counter()
     f(*args)
+    wait()
     return time.perf_counter() - start
 
 
@@ -28,6 +50,33 @@ def added_memory(f, *args):
     before = memory('VmRSS')
     f(*args)
     return memory('VmHWM') - before
+
+
+def gpu_memory(f, *args):
+    "MiB of a GPU's memory that `f(*args)` adds at its peak; None if nothing runs on one"
+    if not torch.cuda.is_initialized():
+        f(*args)
+        return None
+    wait()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    f(*args)
+    wait()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def medians(variants, plain, rounds):
+    "Of the times of `variants`, by name, as ratios to that of `plain` just before and after"
+    for f in (plain, *variants.values()):
+        f()
+    rows = [{name: ratio_to(plain, f) for name, f in variants.items()} for _ in range(rounds)]
+    return pd.DataFrame(rows).median().to_dict()
+
+
+def peaks(variants, plain):
+    "The memory that each of `variants` adds at its peak, as a ratio to that of `plain`; nothing where that cannot be told"
+    of_plain = gpu_memory(plain)
+    return {f'{name}, memory': gpu_memory(f) / of_plain for name, f in variants.items()} if of_plain else {}
 
 
 def compare_memory(module, arch, names, own, other):

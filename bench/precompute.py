@@ -15,18 +15,22 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 from torchvision import models
 
-from bench.measure import SIZE, added_memory, compare_memory, seconds
+from bench.measure import Scale, added_memory, compare_memory, seconds
 from bnfreeze_fastai.freeze.callback import active_callback
 import bnfreeze_fastai.learner
 
-ROUNDS, N_EPOCH, N_TRAIN, N_VALID, BATCH = 3, 5, 448, 64, 64
+N_EPOCH, AT = 5, Scale(rounds=3, batch=64, n_batches=7)
 
 
-def make_learner(arch):
+def make_learner(arch, at=AT):
+    "Images of which a batch is for validation"
     torch.manual_seed(0)
-    samples = [(x, i % 10) for i, x in enumerate(torch.randn(N_TRAIN + N_VALID, 3, SIZE, SIZE))]
-    dls = DataLoaders.from_dsets(samples[:N_TRAIN], samples[N_TRAIN:], bs=BATCH, num_workers=0, device='cpu')
-    return plain_learner(dls, create_vision_model(getattr(models, arch), 10, pretrained=False), model_meta[getattr(models, arch)]['split'])
+    n = at.n_batches * at.batch
+    images = torch.randn(n + at.batch, 3, at.size, at.size).to(at.device)
+    samples = [(x, i % 10) for i, x in enumerate(images)]
+    dls = DataLoaders.from_dsets(samples[:n], samples[n:], bs=at.batch, num_workers=0, device=at.device)
+    model = create_vision_model(getattr(models, arch), 10, pretrained=False).to(at.device)
+    return plain_learner(dls, model, model_meta[getattr(models, arch)]['split'])
 
 
 def plain_learner(dls, model, splitter):
@@ -62,12 +66,12 @@ def forward_pass(learn):
             learn.model[0](x)
 
 
-def time_five_epochs(arch):
+def time_five_epochs(arch, at=AT):
     "Median over rounds, and ratios within a round"
-    learn = make_learner(arch)
+    learn = make_learner(arch, at)
     forward_pass(learn)
     variants = (fastai_freeze, freeze_to_bn, precompute, forward_pass)
-    rounds = pd.DataFrame([{f.__name__: seconds(f, learn) for f in variants} for _ in progress_bar(range(ROUNDS))])
+    rounds = pd.DataFrame([{f.__name__: seconds(f, learn) for f in variants} for _ in progress_bar(range(at.rounds))])
     ratio = lambda other: (rounds['precompute'] / rounds[other]).median()
     return {
         'five epochs, s': rounds['precompute'].median(),
@@ -84,42 +88,42 @@ def features_and_labels(learn):
     return [[torch.cat(o) for o in zip(*bs)] for bs in batches]
 
 
-def bare_loop(head, opt, data, n_epoch):
+def bare_loop(head, opt, data, bs, n_epoch):
     "Training and validation with the same optimizer and loss, and nothing else"
     (x, y), (x_valid, y_valid) = data
     for _ in range(n_epoch):
         head.train()
         order = torch.randperm(len(x))
-        for i in range(0, len(x) - BATCH + 1, BATCH):
-            rows = order[i : i + BATCH]
+        for i in range(0, len(x) - bs + 1, bs):
+            rows = order[i : i + bs]
             nn.functional.cross_entropy(head(x[rows]), y[rows]).backward()
             opt.step()
             opt.zero_grad()
         head.eval()
         with torch.no_grad():
-            for i in range(0, len(x_valid), BATCH):
-                nn.functional.cross_entropy(head(x_valid[i : i + BATCH]), y_valid[i : i + BATCH])
+            for i in range(0, len(x_valid), bs):
+                nn.functional.cross_entropy(head(x_valid[i : i + bs]), y_valid[i : i + bs])
 
 
-def time_later_epochs(arch, n_epoch=20):
+def time_later_epochs(arch, at=AT, n_epoch=20):
     "Epochs on stored features beside a bare loop, and beside a Learner whose data are the features"
-    learn = make_learner(arch)
+    learn = make_learner(arch, at)
     with torch.no_grad():
         data = features_and_labels(learn)
     head = learn.model[1][2:]
     opt = Adam([list(head.parameters())], lr=1e-4)
-    dls = DataLoaders.from_dsets(*[list(zip(*d)) for d in data], bs=BATCH, num_workers=0, device='cpu')
+    dls = DataLoaders.from_dsets(*[list(zip(*d)) for d in data], bs=at.batch, num_workers=0, device=at.device)
     on_features = plain_learner(dls, head, lambda m: [list(m.parameters())])
     learn.freeze_to_bn(-1)
     with learn.precompute():
-        learn.fit(1), on_features.fit(1), bare_loop(head, opt, data, 1)
+        learn.fit(1), on_features.fit(1), bare_loop(head, opt, data, at.batch, 1)
         rows = [
             dict(
                 own=seconds(learn.fit, n_epoch),
-                bare=seconds(bare_loop, head, opt, data, n_epoch),
+                bare=seconds(bare_loop, head, opt, data, at.batch, n_epoch),
                 learner=seconds(on_features.fit, n_epoch),
             )
-            for _ in range(5)
+            for _ in range(at.rounds + 2)
         ]
     rounds = pd.DataFrame(rows)
     return {

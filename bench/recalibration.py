@@ -8,15 +8,16 @@ from fastprogress.fastprogress import progress_bar
 from torch.optim.swa_utils import update_bn
 from torchvision import models
 
-from bench.measure import BATCH, N_BATCHES, SIZE, added_memory, compare_memory, ratio_to
+from bench.measure import Scale, added_memory, compare_memory, ratio_to
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 
-ROUNDS = 7
+AT = Scale(rounds=7)
 
 
-def model_and_batches(arch):
+def model_and_batches(arch, at=AT):
     torch.manual_seed(0)
-    return getattr(models, arch)(), [torch.randn(BATCH, 3, SIZE, SIZE) for _ in range(N_BATCHES)]
+    batches = [torch.randn(at.batch, 3, at.size, at.size).to(at.device) for _ in range(at.n_batches)]
+    return getattr(models, arch)().to(at.device), batches
 
 
 @torch.no_grad()
@@ -39,14 +40,16 @@ VARIANTS = {
 }
 
 
-def time_passes(arch):
+def time_passes(arch, at=AT):
     "Median over rounds of each variant's time, as a ratio to the mean of the forward passes just before and just after it"
-    args = model_and_batches(arch)
+    args = model_and_batches(arch, at)
     for f in (forward_pass, *VARIANTS.values()):
         f(*args)  # warm up
 
     plain = partial(forward_pass, *args)
-    rounds = pd.DataFrame([{name: ratio_to(plain, partial(f, *args)) for name, f in VARIANTS.items()} for _ in progress_bar(range(ROUNDS))])
+    rounds = pd.DataFrame(
+        [{name: ratio_to(plain, partial(f, *args)) for name, f in VARIANTS.items()} for _ in progress_bar(range(at.rounds))]
+    )
     return {f'{name} ÷ forward pass': rounds[name].median() for name in VARIANTS}
 
 

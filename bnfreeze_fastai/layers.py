@@ -88,7 +88,7 @@ def stats_buffers(
     layer:nn.Module, # A norm layer, frozen by construction or not
 ) -> dict[str, Tensor]: # Those of `running_mean`, `running_var` and `num_batches_tracked` that it has
     "The buffers that make up the running statistics of `layer`"
-    return {n: b for n,b in layer.named_buffers(recurse=False) if n in _STATS}
+    return {n: b for n,b in layer._buffers.items() if n in _STATS and b is not None}
 
 # %% ../nbs/00_layers.ipynb #bec8b3b5
 def never_trained(

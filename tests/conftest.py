@@ -20,6 +20,10 @@ on_linux = pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc,
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser):
+    parser.addoption('--device', help='where the tests in tests/gpu run, such as cpu; on a GPU if there is one')
+
+
 def ours(o):
     return getattr(o, '__module__', '').startswith('bnfreeze_fastai')
 
@@ -72,3 +76,16 @@ def may_move(mode):
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope='session')
+def device(pytestconfig):
+    return pytestconfig.getoption('device') or ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+@pytest.fixture
+def gpu(device):
+    "The device, where only a GPU will do"
+    if torch.device(device).type != 'cuda':
+        pytest.skip('needs a GPU')
+    return device

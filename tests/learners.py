@@ -32,15 +32,15 @@ def label(i):
     return torch.tensor(i % 2)
 
 
-def make_dls(n=24, bs=8, size=8):
+def make_dls(n=24, bs=8, size=8, device='cpu'):
     dsets = Datasets(range(n), [[partial(image, size=size)], [label]], splits=[range(n), range(bs)])
-    return dsets.dataloaders(bs=bs, num_workers=0, device='cpu')
+    return dsets.dataloaders(bs=bs, num_workers=0, device=device)
 
 
-def make_learner(model=None, splitter=two_groups, size=8, **kwargs):
+def make_learner(model=None, splitter=two_groups, size=8, device='cpu', **kwargs):
     set_seed(0)
     kwargs = {'loss_func': CrossEntropyLossFlat(), 'wd': 0.1, 'lr': 0.1, **kwargs}
-    learn = Learner(make_dls(size=size), body_and_head() if model is None else model, splitter=splitter, **kwargs)
+    learn = Learner(make_dls(size=size, device=device), body_and_head() if model is None else model, splitter=splitter, **kwargs)
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
     learn.logger = noop
     return learn
@@ -49,7 +49,7 @@ def make_learner(model=None, splitter=two_groups, size=8, **kwargs):
 def pretrained(**kwargs):
     "A Learner whose body has trained statistics and whose head has none"
     set_seed(0)
-    make_learner(model=(model := body_and_head())).fit(1)
+    make_learner(model=(model := body_and_head()), device=kwargs.get('device', 'cpu')).fit(1)
     model[1][2].reset_parameters()
     learn = make_learner(model=model, **kwargs)
     set_seed(0)

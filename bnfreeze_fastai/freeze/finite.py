@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..layers import stats_buffers, updates_stats
-from ..utils.tensors import all_finite
+from ..utils.tensors import all_finite, copies
 
 # %% ../../nbs/freeze/04_finite.ipynb #9a51ffe1
 class FiniteStats:
@@ -28,7 +28,9 @@ class FiniteStats:
 
     def keep(self) -> None:
         "Note the statistics before a batch"
-        self.kept = {n: {b: b.clone() for b in stats_buffers(l).values() if not is_lazy(b)} for n,l in self.layers.items()}
+        now = [(n, b) for n,l in self.layers.items() for b in stats_buffers(l).values() if not is_lazy(b)]
+        self.kept = {n: [] for n,_ in now}
+        for (n,b),old in zip(now, copies([b for _,b in now])): self.kept[n].append((b, old))
         self.batches += 1
         self._counted = False
 
@@ -36,10 +38,11 @@ class FiniteStats:
         left_out:Iterable[str]=(), # Names of layers that this batch would have spoilt, and that were spared
     ) -> list[str]: # Names of the layers put back, and of those
         "Undo what the batch did to layers whose statistics it made NaN or infinite"
-        fine = all_finite(b for old in self.kept.values() for b in old)
-        undone = [] if fine else [n for n,old in self.kept.items() if not all_finite(old) and all_finite(old.values())]
+        fine = all_finite(b for pairs in self.kept.values() for b,_ in pairs)
+        spoiled = lambda pairs: not all_finite(b for b,_ in pairs) and all_finite(old for _,old in pairs)
+        undone = [] if fine else [n for n,pairs in self.kept.items() if spoiled(pairs)]
         for n in undone:
-            for b,old in self.kept[n].items(): b.data.copy_(old) # autograd must not take notice
+            for b,old in self.kept[n]: b.data.copy_(old) # autograd must not take notice
         spoilt = [*dict.fromkeys([*left_out, *undone])]
         self.spoilt += bool(spoilt) and not self._counted
         self._counted |= bool(spoilt)

@@ -115,7 +115,7 @@ def next_batch(self:Fit, n_batches:int, n_epochs:int) -> None:
     else: self.batch += 1
     stage = self.stages.due((self.epoch + self.batch/self.n_batches) / n_epochs)
     if stage != self.stages.now or self.pending: self.start(stage)
-    self.at.point.settle(self.at.point.flags) # the parameters of this epoch
+    self.at.point.settle(self.at.point.flags) # without a walk through the model
     self.guard.finite.keep()
     self.steps.begin()
 

@@ -41,7 +41,7 @@ def same_samples(
     return torch.allclose(a, b, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)
 
 def _rows(batch, rows:slice|Tensor=slice(None)): # On the CPU
-    return apply(lambda t: t.detach().cpu()[rows if t.ndim else ...] if isinstance(t, Tensor) else t, batch)
+    return apply(lambda t: t.detach()[rows if t.ndim else ...].cpu() if isinstance(t, Tensor) else t, batch)
 
 def _n_rows(batch) -> int: # By its first element
     while isinstance(batch, (tuple, list, Mapping)) and batch: batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
@@ -174,13 +174,13 @@ def batches(self:Samples) -> Iterator[tuple]: # Of pass, index of the first samp
 @patch
 def _see(self:Samples, start:int, batch) -> int: # How many samples `batch` has
     "Raise `ValueError` if a sample of `batch` is not what it was alone; note one sample of each target"
-    n,targets = _n_rows(batch := _rows(batch)),tensors_in(batch[1:]) if isinstance(batch, (tuple, list)) else None
+    n,targets = _n_rows(batch),_rows(tensors_in(batch[1:])) if isinstance(batch, (tuple, list)) else None
     self.seen += n
-    for i in range(n):
-        row,one = _rows(batch, slice(i, i+1)),start+i
-        if one in self.kept and not self._same(row, self.kept[one]): _refuse_mixing([*self.makers, 'its workers'], self.name)
+    for i in range(n): # a GPU gives only the samples that are looked at
+        one,row = start+i,partial(_rows, rows=slice(i, i+1))
+        if one in self.kept and not self._same(row(batch), self.kept[one]): _refuse_mixing([*self.makers, 'its workers'], self.name)
         if self.draws or targets is None or len(self.targets) >= len(self.kept) + self.n//50: continue
-        self.targets.setdefault(b''.join(t.numpy().tobytes() for t in _rows(targets, slice(i, i+1))), (one, row))
+        if (target := b''.join(t.numpy().tobytes() for t in row(targets))) not in self.targets: self.targets[target] = one,row(batch)
     return n
 
 @patch

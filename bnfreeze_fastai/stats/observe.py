@@ -25,6 +25,7 @@ from ..layers import is_compiled, named_modules
 from .moments import Moments, batch_moments, instance_moments, pooled
 from ..utils.ranks import on_all_ranks, this_rank
 from ..utils.restore import evaluating, kept_rng
+from ..utils.tensors import copies
 
 # %% ../../nbs/stats/01_observe.ipynb #3dece1e4
 _MOMENTS = {F.batch_norm: batch_moments, F.instance_norm: instance_moments}
@@ -136,13 +137,18 @@ def finite(
     raise ValueError(f"Batch {number} gives the layer {name!r} values that are not finite, or too large to square. "
                      "Look for NaN or infinity in the data, the weights and the stored statistics.")
 
+def _on_cpu(seen:list[tuple[str, Moments]]) -> Iterator[tuple[str, Moments]]:
+    "What an observer saw of a batch, in one transfer: a GPU waits for each"
+    tensors = iter(copies([t for _,m in seen for t in (m.mean, m.m2)], 'cpu'))
+    return ((name, m._replace(mean=next(tensors), m2=next(tensors))) for name,m in seen)
+
 def _one_pass(model:nn.Module, batches:Iterable, observer:Observer, n_inp:int|None) -> tuple[dict[str, Moments], int]:
     "What `observer` sees in one pass over `batches`, pooled, and their number"
     found,count = {},0
     for count,batch in enumerate(batches, 1):
         inputs = model_inputs(batch, n_inp)
         check_device(inputs, model)
-        found = pooled([found, *({name: finite(m, name, count)} for name,m in observer.forward(model, inputs))])
+        found = pooled([found, *({name: finite(m, name, count)} for name,m in _on_cpu(observer.forward(model, inputs)))])
     return found,count
 
 # %% ../../nbs/stats/01_observe.ipynb #b8cefbde

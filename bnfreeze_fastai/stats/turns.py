@@ -28,15 +28,15 @@ def _thread_state() -> tuple:
     amp = tuple((k, torch.get_autocast_dtype(k), torch.is_autocast_enabled(k)) for k in kinds)
     return torch.is_grad_enabled(),torch.is_inference_mode_enabled(),amp
 
-def _current_devices() -> dict[str, int]: # By kind; Apple's processors have one, which nobody sets
-    return {k: getattr(torch, k).current_device() for k in used_devices() if k != 'mps'}
+def _current_streams() -> dict[str, Any]: # By kind; Apple's processors have one, which nobody sets
+    return {k: getattr(torch, k).current_stream() for k in used_devices() if k != 'mps'}
 
 @contextmanager
-def _with_state(state:tuple, devices:dict[str, int]) -> Iterator[None]:
-    "This thread with the `state` of another one, and its devices"
+def _with_state(state:tuple, streams:dict[str, Any]) -> Iterator[None]:
+    "This thread with the `state` of another one, its devices, and their streams, which keep the order of what both compute"
     grad,inference,amp = state
-    for kind,i in devices.items(): getattr(torch, kind).set_device(i)
     with torch.inference_mode(inference), torch.set_grad_enabled(grad), ExitStack() as stack:
+        for kind,stream in streams.items(): stack.enter_context(getattr(torch, kind).stream(stream))
         for d,dtype,on in amp: stack.enter_context(torch.autocast(d, dtype, on))
         yield
 
@@ -65,7 +65,7 @@ class InTurns:
         by_main:bool, # Whether the main thread makes the calls of PyTorch
     ):
         self.by_main,self.over,self.leaving = by_main,False,False # no longer wanted; the function knows
-        self.state,self.devices = _thread_state(),_current_devices()
+        self.state,self.streams = _thread_state(),_current_streams()
         self.questions,self.answers = SimpleQueue(),SimpleQueue()
         self.thread = Thread(target=copy_context().run, args=(self._run, f), daemon=True)
 
@@ -73,7 +73,7 @@ class InTurns:
         error = None
         try:
             if self.over: return
-            with _with_state(self.state, self.devices): f()
+            with _with_state(self.state, self.streams): f()
         except _Over: pass
         except BaseException as e: error = e
         finally: self.questions.put(Ended(error))

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['plain_parts', 'fingerprint', 'fingerprints', 'all_finite', 'put_back']
+__all__ = ['plain_parts', 'fingerprint', 'fingerprints', 'all_finite', 'copies', 'put_back']
 
 # %% ../../nbs/utils/00_tensors.ipynb #4c3a0b37
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,10 +54,25 @@ def fingerprints(
 def all_finite(
     tensors:Iterable[Tensor], # Plain ones, on any devices
 ) -> bool:
-    "Whether no value is NaN or infinite; one check for each device"
-    by_device = {}
-    for t in tensors: by_device.setdefault(t.device, []).append(t.detach().flatten())
-    return all(torch.cat(some).isfinite().all() for some in by_device.values())
+    "Whether no value is NaN or infinite; one check for each device and type"
+    by_kind = {}
+    for t in tensors:
+        if t.is_floating_point(): by_kind.setdefault((t.device, t.dtype), []).append(t.detach().flatten()) # whole numbers are finite
+    return all(torch.cat(some).isfinite().all() for some in by_kind.values())
+
+# %% ../../nbs/utils/00_tensors.ipynb #9302ecd9
+def copies(
+    tensors:Sequence[Tensor], # Plain ones, on any devices
+    device:str|torch.device|None=None, # Where the copies are to be; where each tensor is if not given
+) -> list[Tensor]: # One for each, in their order
+    "Copies of all of them, without gradients; one transfer for each device and type"
+    by_kind,found = {},{}
+    for i,t in enumerate(tensors): by_kind.setdefault((t.device, t.dtype), []).append(i)
+    for some in by_kind.values():
+        joined = torch.cat([tensors[i].detach().flatten() for i in some])
+        parts = (joined if device is None else joined.to(device)).split([tensors[i].numel() for i in some])
+        found |= {i: part.view(tensors[i].shape) for i,part in zip(some, parts)}
+    return [found[i] for i in range(len(tensors))]
 
 # %% ../../nbs/utils/00_tensors.ipynb #306fc157
 @torch.no_grad()

@@ -1,5 +1,7 @@
 "What is asked of a device that has no double precision, and of one that is not Nvidia's"
 
+import threading
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -8,11 +10,15 @@ from fastai.torch_core import set_seed
 from learners import body_and_head, make_learner
 from no_float64 import on_it, Pretended, REFUSAL
 from torch import nn, Tensor
+from torch.overrides import TorchFunctionMode
 
 import bnfreeze_fastai.learner
 from bnfreeze_fastai.head.drawing import Undrawn
 from bnfreeze_fastai.head.fold import _check_folded, folded
+from bnfreeze_fastai.head.resume import _refuse_differing
+from bnfreeze_fastai.layers import norm_layers
 from bnfreeze_fastai.stats.distances import bn_drift, moved, snapshot
+from bnfreeze_fastai.stats.observe import ByBatch, observe
 from bnfreeze_fastai.stats.recalibrate import convert_bn, recalibrate_bn
 from bnfreeze_fastai.stats.shift import bn_shift
 from bnfreeze_fastai.stats.turns import InTurns
@@ -115,9 +121,52 @@ def test_a_folded_copy_is_checked_on_the_cpu(pretended, monkeypatch):
         copy = folded([model], x)
         _check_folded(copy, [model], x)
         assert [b.device.type for b in model.buffers()] == ['mps'] * 6  # what was checked in double precision is a copy
-        next(copy.parameters()).add_(1)
+        next(copy.parameters()).mul_(1.01)  # less than TF32 may do
         with pytest.raises(ValueError, match='off by'):
             _check_folded(copy, [model], x)
+
+
+def test_what_a_gpu_rounds_is_not_taken_for_another_network(pretended, monkeypatch):
+    "TF32, which only one of two kernels may use"
+    monkeypatch.setattr(torch.__future__, '_overwrite_module_params_on_conversion', True)
+    model, x = pretended(network()[0]), pretended(batches()[0])
+    with torch.no_grad():
+        copy = folded([model], x)
+        rounding = copy.register_forward_hook(lambda m, args, out: out * (1 + 1e-3) if out.dtype == torch.float32 else None)
+        _check_folded(copy, [model], x)
+        rounding.remove()
+        copy.register_forward_hook(lambda m, args, out: out * 1.1 if out.dtype == torch.float32 else None)
+        with pytest.raises(ValueError, match='off by'):
+            _check_folded(copy, [model], x)
+
+
+def test_features_differ_by_rounding(pretended):
+    features = torch.randn(4, 8)
+    off = features * (1 + 5e-3)
+    with pytest.raises(ValueError, match='differs by'):
+        _refuse_differing(features, off)
+    _refuse_differing(pretended(features), pretended(off))
+    with pytest.raises(ValueError, match='differs by'):
+        _refuse_differing(pretended(features), pretended(features * 1.1))
+
+
+class Transfers(TorchFunctionMode):
+    "Counts copies from that device to the CPU"
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        res = func(*args, **kwargs or {})
+        self.count += func.__name__ in ('cpu', 'to') and isinstance(args[0], Pretended) and not isinstance(res, Pretended)
+        return res
+
+
+def test_a_batch_is_measured_in_one_transfer(pretended):
+    model, data = pretended(network().eval()), [pretended(x) for x in batches()]
+    names = {l.running_mean: n for n, l in norm_layers(model).items()}
+    with Transfers() as seen:
+        found, n = observe(model, data, ByBatch(names), progress=False)
+    assert seen.count == n == len(data) and len(found) == 3
 
 
 def test_evaluation_puts_back_buffers_there(pretended):
@@ -179,12 +228,18 @@ def test_nothing_is_asked_of_a_device_that_is_not_in_use(monkeypatch):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_thread_computes_as_the_one_that_made_it(kind, monkeypatch):
-    "Autocast of any kind of device, and the device that is current"
+    "Autocast of any kind of device, and the device and the stream that are current"
     monkeypatch.setattr('bnfreeze_fastai.stats.turns.used_devices', lambda: {kind: [0, 1]})
     chosen = []
+
+    @contextmanager
+    def stream(s):
+        chosen.append((s, threading.current_thread() is threading.main_thread()))
+        yield
+
     if kind != 'mps':
-        monkeypatch.setattr(f'torch.{kind}.current_device', lambda: 1)
-        monkeypatch.setattr(f'torch.{kind}.set_device', chosen.append)
+        monkeypatch.setattr(f'torch.{kind}.current_stream', lambda: 'a stream of device 1')
+        monkeypatch.setattr(f'torch.{kind}.stream', stream)
     seen = []
     torch.set_autocast_enabled(kind, True)
     try:
@@ -194,7 +249,7 @@ def test_a_thread_computes_as_the_one_that_made_it(kind, monkeypatch):
     finally:
         torch.set_autocast_enabled(kind, False)
         turns.stop()
-    assert seen == [True] and chosen == ([] if kind == 'mps' else [1])
+    assert seen == [True] and chosen == ([] if kind == 'mps' else [('a stream of device 1', False)])
 
 
 class on_:
