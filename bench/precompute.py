@@ -1,7 +1,8 @@
-"What head training costs on stored features, against fastai's `freeze()`, one forward pass over all data, and a bare loop over the same features"
+"What head training costs on stored features, against fastai's `freeze()`, one forward pass over all data, and training the head alone"
 
 import sys
 from functools import partial
+from itertools import islice
 
 import pandas as pd, torch
 from fastai.callback.progress import ProgressCallback
@@ -13,13 +14,15 @@ from fastai.vision.learner import create_vision_model, model_meta
 from fastcore.basics import noop
 from fastprogress.fastprogress import progress_bar
 from torch import nn
+from torch.utils.data import TensorDataset
 from torchvision import models
 
-from bench.measure import Scale, added_memory, compare_memory, seconds
+from bench.measure import Scale, added_memory, compare_memory, medians, seconds
 from bnfreeze_fastai.freeze.callback import active_callback
 import bnfreeze_fastai.learner
 
 N_EPOCH, AT = 5, Scale(rounds=3, batch=64, n_batches=7)
+MANY = AT._replace(size=32, n_batches=70)  # features are of the same size
 
 
 def make_learner(arch, at=AT):
@@ -106,38 +109,55 @@ def bare_loop(head, opt, data, bs, n_epoch):
 
 
 def time_later_epochs(arch, at=AT, n_epoch=20):
-    "Epochs on stored features beside a bare loop, and beside a Learner whose data are the features"
+    "Epochs on stored features beside a Learner of the head on a `TensorDataset` of them, and beside a bare loop"
     learn = make_learner(arch, at)
     with torch.no_grad():
         data = features_and_labels(learn)
     head = learn.model[1][2:]
     opt = Adam([list(head.parameters())], lr=1e-4)
-    dls = DataLoaders.from_dsets(*[list(zip(*d)) for d in data], bs=at.batch, num_workers=0, device=at.device)
+    dls = DataLoaders.from_dsets(*[TensorDataset(*d) for d in data], bs=at.batch, num_workers=0, device=at.device)
     on_features = plain_learner(dls, head, lambda m: [list(m.parameters())])
     learn.freeze_to_bn(-1)
     with learn.precompute():
-        learn.fit(1), on_features.fit(1), bare_loop(head, opt, data, at.batch, 1)
-        rows = [
-            dict(
-                own=seconds(learn.fit, n_epoch),
-                bare=seconds(bare_loop, head, opt, data, at.batch, n_epoch),
-                learner=seconds(on_features.fit, n_epoch),
-            )
-            for _ in range(at.rounds + 2)
-        ]
-    rounds = pd.DataFrame(rows)
+        variants = {
+            'own': partial(learn.fit, n_epoch),
+            'learner': partial(on_features.fit, n_epoch),
+            'bare': partial(bare_loop, head, opt, data, at.batch, n_epoch),
+        }
+        rows = [{name: seconds(f) for name, f in variants.items()} for _ in progress_bar(range(at.rounds + 3))]
+    rounds = pd.DataFrame(rows[1:])  # the first warms up
     return {
+        'samples': len(data[0][0]),
         'epoch, ms': 1e3 * rounds['own'].median() / n_epoch,
+        '÷ Learner on a TensorDataset of features': (rounds['own'] / rounds['learner']).median(),
         '÷ bare loop': (rounds['own'] / rounds['bare']).median(),
-        '÷ Learner on a dataset of features': (rounds['own'] / rounds['learner']).median(),
     }
+
+
+def time_entering(arch, at=AT):
+    "Entering the block, as a ratio to one forward pass over all data and two batches more"
+    learn = make_learner(arch, at).freeze_to_bn(-1)
+
+    def enter():
+        with learn.precompute():
+            pass
+
+    @torch.no_grad()
+    def allowed():
+        forward_pass(learn)
+        for x, _ in islice(learn.dls.train, 2):
+            learn.model[0](x)
+
+    return medians({'entering ÷ a pass and two batches': enter}, allowed, at.rounds + 2)
 
 
 VARIANTS = {f.__name__: f for f in (fastai_freeze, freeze_to_bn, precompute, forward_pass)}
 
 TABLES = {
     'Five epochs of head training on stored features, the pass that stores them included, time': time_five_epochs,
+    'Entering the block, time': time_entering,
     'Epochs after the first, time': time_later_epochs,
+    'Epochs after the first of ten times as many small images, time': partial(time_later_epochs, at=MANY, n_epoch=3),
     'Five epochs of head training on stored features, peak memory added': partial(
         compare_memory, 'bench.precompute', names=VARIANTS, own='precompute', other='fastai_freeze'
     ),

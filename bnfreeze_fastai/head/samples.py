@@ -23,7 +23,7 @@ from fastcore.test import equals
 from torch import Tensor
 
 from ..utils.batches import tensors_in
-from .drawing import Undrawn, UndrawnDataset, crops, random_transforms, refuse_random
+from .drawing import Undrawn, UndrawnDataset, crops, forget_normal, random_transforms, refuse_random
 from .loaders import batch_size, check_loader, in_order, n_samples
 from ..utils.restore import kept_rng
 from .source import Contents, batch_makers, dataset_name, has_own_batches, name_of, pipelines, source, split_of
@@ -163,6 +163,7 @@ def _watched(self:Samples):
 def batches(self:Samples) -> Iterator[tuple]: # Of pass, index of the first sample, and batch
     "All samples in order, pass by pass; `ValueError` where one is not the same each time"
     for k in range(self.passes):
+        forget_normal()
         fetch = watched = partial(next, iter(self._watched()), None)
         if not self.draws and not self.rand: watched = Undrawn(fetch, self.makers, self.name)
         start,batch = 0,fetch() # a loader draws only at its start
@@ -194,7 +195,6 @@ def finish(self:Samples) -> None:
 def look_again(self:Samples, n:int=4) -> bool:
     "Whether the data look the same as before: makes `n` samples again, others in each call, and uses up no random number"
     if not (same := self.contents.same()) or self.draws: return same
-    kept = list(self.kept)
+    kept,self.turn = list(self.kept),self.turn + 1
     idxs = sorted({kept[(self.turn + k*len(kept)//n) % len(kept)] for k in range(n)})
-    self.turn += 1
     with kept_rng(self.dl): return all(same_samples(b, self.kept[i]) for i,b in zip(idxs, self._alone(idxs)))
