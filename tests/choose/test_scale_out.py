@@ -47,10 +47,10 @@ def dies(learn):
 
 @pytest.fixture
 def cluster():
-    distributed = pytest.importorskip('distributed')
+    dask, distributed = map(pytest.importorskip, ('dask', 'distributed'))
     settings = {'distributed.worker.multiprocessing-method': 'fork', 'distributed.scheduler.allowed-failures': 1}
     of_two = dict(n_workers=2, threads_per_worker=1, dashboard_address=None)
-    with distributed.config.dask.config.set(settings), distributed.LocalCluster(**of_two) as cluster:
+    with dask.config.set(settings), distributed.LocalCluster(**of_two) as cluster:
         with distributed.Client(cluster), parallel_config(backend='dask'):
             yield distributed
 
