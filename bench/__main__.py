@@ -1,4 +1,4 @@
-"""All benchmarks, or those named: `python -m bench [head] [recalibration] [precompute] [scale] [frozen_part] [fusion]`. Run by `make bench`.
+"""All benchmarks, or those named: `python -m bench [head] [recalibration] [precompute] [scale] [processes] [frozen_part] [fusion]`. Run by `make bench`.
 
 Variants are timed in turn, round after round, and told as ratios: machines are noisy. Nothing here fails on time."""
 
@@ -6,7 +6,7 @@ import os, platform, sys, warnings
 
 import pandas as pd, torch
 
-from bench import frozen_part, fusion, head, precompute, recalibration, scale
+from bench import frozen_part, fusion, head, precompute, processes, recalibration, scale
 from bench.measure import BATCH, SIZE
 
 PARTS = {
@@ -14,6 +14,7 @@ PARTS = {
     'recalibration': (recalibration, ('resnet18', 'resnet50')),
     'precompute': (precompute, ('resnet34',)),
     'scale': (scale, (12_500, 25_000, 50_000, 100_000)),
+    'processes': (processes, ('resnet34',)),
     'frozen_part': (frozen_part, ('resnet34', 'resnet50', 'mobilenet_v3_large', 'efficientnet_b0')),
     'fusion': (fusion, ('resnet50',)),
 }

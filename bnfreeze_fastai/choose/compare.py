@@ -20,11 +20,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt, pandas as pd
 from fastai.learner import Learner
-from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 
 from ..utils.batches import with_progress, wrong
 from .differences import paired_differences, table_html, table_text
+from .parallel import as_they_end
 from ..plots import plot_differences, plot_scores
 from .policies import Policies, check_policies, in_words, is_function, put_policy
 from ..utils.restore import kept_rng
@@ -135,8 +135,7 @@ def _check_same_weights(df:pd.DataFrame, rows:list[dict]):
 
 def _collect(todo:list[tuple], policies:dict, results:Results, n_jobs:int|None, **how) -> int: # How many were left undone
     "Run what is to do, and add each run to `results` as it ends"
-    parallel = Parallel(n_jobs=n_jobs, return_as='generator_unordered', max_nbytes=None) # in files, arrays are read-only
-    runs = parallel(delayed(_run)(name, seed, policy=policies[name], **how) for name,seed in todo)
+    runs = as_they_end(_run, [dict(name=name, seed=seed, policy=policies[name], **how) for name,seed in todo], n_jobs)
     done = 0
     try:
         for rows in with_progress(runs, len(todo), True):

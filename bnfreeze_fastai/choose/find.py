@@ -24,6 +24,7 @@ import numpy as np, pandas as pd
 from fastai.callback.schedule import Learner # with the methods that fit
 from fastcore.basics import patch
 from matplotlib.figure import Figure
+from torch.nn.parallel import DistributedDataParallel
 
 from ..utils.batches import with_progress
 from .compare import check_training
@@ -34,6 +35,7 @@ from ..head.loaders import batch_size, check_loader, n_samples
 from ..plots import plot_gains
 from .policies import put_policy
 from ..freeze.groups import Groups, frozen_groups, pretrained_norms
+from ..utils.ranks import is_distributed
 from ..utils.restore import kept_rng
 from .rules import TRIED, advantages, choose, expected_gains, phase_of, rule
 from .runs import n_batches
@@ -105,6 +107,12 @@ def _check_model(trial:Learner):
     raise ValueError("There is nothing to choose: no batch norm layer with running statistics came with pretrained weights. A new head's "
                      "statistics mean nothing yet, so it trains.")
 
+def _refuse_distributed(learn:Learner):
+    refuse_setting(learn)
+    trainer = any(type(cb).__name__ == 'DistributedTrainer' for cb in learn.cbs) # importing the class needs accelerate
+    if trainer or is_distributed() or isinstance(learn.model, DistributedDataParallel):
+        raise ValueError("`bn_find` tries policies on one device, and does not work in a distributed fit: call it in a script of its own.")
+
 def _check_loaders(learn:Learner):
     for name,dl in zip(('training', 'validation'), learn.dls.loaders):
         check_loader(dl, name)
@@ -158,7 +166,7 @@ def bn_find(self:Learner,
 ) -> Found: # `suggestion`, `gain`, `low`, `high`, `table`, `why`, …; `found.apply(learn)` sets it
     "Which batch norm policy suits the data: the rule, corrected by short trials on copies of the Learner, which stays as it is"
     start = time.perf_counter()
-    refuse_setting(self)
+    _refuse_distributed(self)
     if not isinstance(fit, str):
         raise ValueError(f"`fit` is the name of a method that trains, not {fit!r:.60}: for a function of your own, see `bn_compare`.")
     check_training(epochs, fit, -1, lr)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['check_loader', 'n_samples', 'batch_size', 'in_order', 'index_batches']
+__all__ = ['check_loader', 'n_samples', 'batch_size', 'in_order', 'undivided', 'index_batches']
 
 # %% ../../nbs/head/04_loaders.ipynb #888d3ff4
 from collections.abc import Iterator, Sequence
@@ -70,6 +70,12 @@ def in_order(
     return TorchDataLoader(batch_sampler=batches, **kwargs)
 
 # %% ../../nbs/head/04_loaders.ipynb #03bbc0f2
+def undivided(
+    dl:DataLoader|TorchDataLoader,
+) -> DataLoader|TorchDataLoader:
+    "What `dl` takes this process's share of, if it is fastai's `DistributedDL`; else `dl`"
+    return dl.dl if any(t.__name__ == 'DistributedDL' for t in type(dl).__mro__) else dl # importing the class needs accelerate
+
 class _Itself:
     "A dataset that gives each index itself"
     def __getitem__(self, i): return i
@@ -81,7 +87,7 @@ class _Rows:
 @contextmanager
 def _as_indices(dl:DataLoader):
     "Let `dl` give indices in place of samples"
-    with standing_in(dl, dict(do_item=noop, do_batch=_Rows, after_batch=noop)), dl.fake_l.no_multiproc(): yield
+    with standing_in(undivided(dl), dict(do_item=noop, do_batch=_Rows, after_batch=noop)), dl.fake_l.no_multiproc(): yield
 
 def _step_by_step(dl:DataLoader) -> Iterator[list]:
     it = iter(dl)

@@ -22,12 +22,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..utils.batches import model_inputs, wrong
 from ..freeze.in_force import frozen_in_force, planned_modes
 from .calls import watch
-from ..layers import MODES, affine_params, keeps_stats, norm_layers, refuse_compiled
+from ..layers import MODES, affine_params, keeps_stats, named_modules, norm_layers, refuse_compiled
 from .cut import cut_of, holds_any
 from ..utils.in_fit import as_in_fit
 from ..utils.tensors import fingerprints
 from ..freeze.groups import Groups
-from ..utils.ranks import is_distributed
+from ..utils.ranks import on_all_ranks, on_ranks_of
 from ..utils.restore import standing_in
 from .resume import check_cut, is_resumable, resumable
 
@@ -59,15 +59,15 @@ def frozen_and_trained(
 
 # %% ../../nbs/head/08_part.ipynb #658ef49f
 def refuse_setting(learn:Learner) -> None:
-    "Raise `ValueError` unless `learn` is a Learner whose model runs as one module in this process"
+    "Raise `ValueError` unless `learn` is a Learner whose model runs as one module in each process"
     if not isinstance(learn, Learner): raise wrong('learn', learn, 'a Learner', 'it is one that has optimizer, data and callbacks')
-    names = ('DistributedTrainer', 'ParallelTrainer') # importing these classes needs accelerate
-    spread = [cb.name for cb in learn.cbs if type(cb).__name__ in names]
-    wrapped = isinstance(learn.model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    if spread or wrapped or is_distributed():
-        what = ', '.join(spread) or type(learn.model).__name__
-        raise ValueError(f"A distributed fit ({what}) does not work with this: train the head in one process, and go on from there.")
+    if isinstance(learn.model, nn.DataParallel) or _callback(learn, 'ParallelTrainer'):
+        raise ValueError("`DataParallel` copies the model in each step, which does not work with this: give each device a process of its "
+                         "own, as `learn.distrib_ctx()` does, or train on one.")
     refuse_compiled(learn.model, "which would run the whole of it: compile it after this.")
+
+def _callback(learn:Learner, name:str): # None if there is none
+    return next((cb for cb in learn.cbs if type(cb).__name__ == name), None) # importing these classes needs accelerate
 
 # %% ../../nbs/head/08_part.ipynb #4910bcd3
 def _one_inputs(learn:Learner, batches:list) -> list[Tensor]:
@@ -94,7 +94,7 @@ class FrozenPart:
         inside:str, # The method in whose block this is
     ):
         self.learn,self.inside,self.divided = learn,inside,frozen_and_trained(learn)
-        self.cut,self.prints,self.in_use = None,None,False
+        self.cut,self.prints,self.tried,self.in_use = None,None,None,False
 
     @property
     def device(self) -> torch.device: return next(self.learn.model.parameters()).device
@@ -102,16 +102,25 @@ class FrozenPart:
     def find(self,
         batches:list, # From the Learner's loaders; up to eight samples of the shape of the first are tried
     ) -> Tensor: # What the model was given
-        "Find the cut, with the model where the data is; `ValueError` if there is none, or what is before it cannot be run on its own"
-        xs,model = _one_inputs(self.learn, batches),self.learn.model
-        if getattr(self.learn.dls, 'device', None) is not None: model.to(self.learn.dls.device)
+        "Find the cut, with the model where it trains; `ValueError` if there is none, or what is before it cannot be run on its own"
+        prints = on_all_ranks(lambda: self._find(batches), self.learn.model)
+        if any(p != prints[0] for p in prints): raise ValueError(
+            "The frozen part is not the same in all processes, which a distributed fit would begin by changing: call `learn.save('same')` "
+            "and then `learn.load('same')`, which gives all of them what process 0 has.")
+        return self.tried
+
+    def _find(self, batches:list) -> list[bytes]: # Fingerprints of what is before the cut
+        xs,model = _one_inputs(self.learn, batches),named_modules(self.learn.model)[''] # inside a wrapper, which has to see gradients
+        trainer = _callback(self.learn, 'DistributedTrainer')
+        device = trainer.accelerator.device if trainer else getattr(self.learn.dls, 'device', None)
+        if device is not None: self.learn.model.to(device)
         alike = [x for x in xs if x.shape[1:] == xs[0].shape[1:] and x.dtype == xs[0].dtype]
-        x = as_in_fit(torch.cat(alike)[:N_TRIED], self.device).nan_to_num() # NaN would hide a difference
-        call = watch(model, x)
+        self.tried = as_in_fit(torch.cat(alike)[:N_TRIED], self.device).nan_to_num() # NaN would hide a difference
+        call = watch(model, self.tried)
         self.cut = cut_of(call, *self.divided)
-        check_cut(model, self.cut, x, call)
+        check_cut(model, self.cut, self.tried, call)
         self.prints = self._prints()
-        return x
+        return self.prints
 
     def _prints(self) -> list[bytes]: return fingerprints(t for m in self.cut.before for t in (*m.parameters(), *m.buffers()))
 
@@ -158,7 +167,7 @@ class WatchFrozen(Callback):
     def before_fit(self) -> None: self.checked = False
 
     def before_train(self) -> None:
-        self.part.check(tensors=not self.checked)
+        on_ranks_of(partial(self.part.check, tensors=not self.checked), self.learn.model)
         self.checked = True
 
     def before_validate(self) -> None: self.before_train()

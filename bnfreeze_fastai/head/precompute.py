@@ -27,12 +27,15 @@ from numbers import Integral
 import torch
 from fastai.learner import Learner
 from fastai.torch_core import to_device
+from torch import nn
 
-from ..utils.batches import memory_for, with_progress
+from ..utils.batches import memory_for, tensors_in, with_progress
+from ..utils.ranks import in_rounds, on_all_ranks, ranks_here, this_rank
+from ..utils.tensors import fingerprints
 from .part import N_TRIED, FrozenPart, frozen_part
-from ..utils.restore import evaluating, kept_rng
+from ..utils.restore import evaluating, kept_rng, reseed
 from .samples import Samples
-from .serve import refuse_mixing, serving
+from .serve import refuse_callbacks, serving
 from .store import Store
 
 # %% ../../nbs/head/10_precompute.ipynb #7708b1fe
@@ -58,20 +61,44 @@ def _tried(data:list[Samples]) -> list: # Batches of one
     shares = zip(data, (n - n//4, n//4) if len(data) > 1 else (n,))
     return [rows[i*len(rows)//k] for rows,k in [(list(s.kept.values()), k) for s,k in shares] for i in range(min(k, len(rows)))]
 
+# %% ../../nbs/head/10_precompute.ipynb #12157f10
+def _look(s:Samples) -> tuple:
+    "What is the same in processes with the same data"
+    with kept_rng(s.dl):
+        reseed(0, s.dl)
+        s.look()
+    return s.n,s.bs,s.passes,fingerprints(tensors_in(list(s.kept.values())))
+
+def _sharing(data:list[Samples], model:nn.Module) -> int:
+    "How many processes share the samples: each makes its part if all have the same data, and all that it has if not"
+    ranks,looks = zip(*on_all_ranks(lambda: (this_rank(), [_look(s) for s in data]), model))
+    if any(look != looks[0] for look in looks): return 1
+    i,n = ranks.index(this_rank()),len(ranks)
+    for s in data: s.share = range(i*s.n//n, (i+1)*s.n//n)
+    return n
+
 # %% ../../nbs/head/10_precompute.ipynb #0b266f9d
-def _fill(part:FrozenPart, data:list[Samples], left:float, dtype:torch.dtype|None) -> list[tuple[Samples, Store]]:
-    "The features of all samples; `left` is the bytes of memory that they may take"
-    stores,total = {},sum(s.passes * -(-s.n//s.bs) for s in data)
-    with evaluating(part.learn.model):
-        batches = ((s, *batch) for s in data for batch in s.batches())
-        for s,k,start,batch in with_progress(batches, total, hasattr(part.learn, 'progress')):
+def _batches(part:FrozenPart, data:list[Samples]) -> Iterator[tuple]: # Number of the data, pass, first row, features with targets
+    "What is to be stored of the samples that this process makes"
+    for i,s in enumerate(data):
+        for k,start,batch in s.batches():
             targets = batch[1:] if isinstance(batch, (tuple, list)) else ()
-            kept = to_device((part.features(batch), *targets), 'cpu')
-            if s not in stores:
-                stores[s] = Store(s.passes, s.n, kept, dtype=dtype, max_mem=left)
-                left -= 0 if stores[s].in_file else stores[s].n_bytes
-            stores[s].put(k, start, kept)
-    for s in data: s.finish()
+            yield i,k,start,to_device((part.features(batch), *targets), 'cpu')
+        s.finish()
+
+def _fill(part:FrozenPart, data:list[Samples], left:float, dtype:torch.dtype|None, sharing:int) -> list[tuple[Samples, Store]]:
+    "The features of all samples; `left` is the bytes of memory that they may take"
+    stores,learn = {},part.learn
+    def keep(i, k, start, batch):
+        nonlocal left
+        if (s := data[i]) not in stores:
+            stores[s] = Store(s.passes, s.n, batch, dtype=dtype, max_mem=left)
+            left -= 0 if stores[s].in_file else stores[s].n_bytes
+        stores[s].put(k, start, batch)
+    n_rounds = 1 + sum(s.passes * -(-s.n//(s.bs*sharing)) for s in data)
+    with evaluating(learn.model):
+        rounds = in_rounds(_batches(part, data), keep, learn.model, sharing > 1)
+        for _ in with_progress(rounds, n_rounds, hasattr(learn, 'progress')): pass
     return list(stores.items())
 
 # %% ../../nbs/head/10_precompute.ipynb #d071a433
@@ -84,12 +111,12 @@ def precomputed(
 ) -> Iterator[Learner]: # `learn`
     "Run the frozen part once, and train on its outputs; `ValueError` where that would not be exact, `OSError` if the disk is full"
     _check_arguments(n_aug, dtype)
-    left = memory_for(max_mem)
+    left = memory_for(max_mem) if max_mem is not None else memory_for(None) / ranks_here()
     with frozen_part(learn, 'precompute') as part:
-        refuse_mixing(learn)
+        refuse_callbacks(learn)
         data = _samples(learn, n_aug)
         with kept_rng(*(s.dl for s in data)):
-            for s in data: s.look()
+            sharing = _sharing(data, learn.model)
             part.find(_tried(data))
-            stores = _fill(part, data, left, dtype)
+            stores = _fill(part, data, left, dtype, sharing)
         with serving(part, stores): yield learn

@@ -65,12 +65,14 @@ def unmarked(
 class _FromCut:
     "The `forward` of a module that the cut goes through; no closure, so that a copy of the model calls its own modules"
     def __init__(self, module:nn.Module, rest:list[nn.Module], innermost:bool):
-        self.rest,self.innermost,self.whole = rest,innermost,module.forward
+        names = {m: n for n,m in module.named_modules()}
+        self.rest = [names.get(m, m) for m in rest] # by name: a fit may put another in its place, such as `SyncBatchNorm`
+        self.module,self.innermost,self.whole = module,innermost,module.forward
 
     def __call__(self, *args, **kwargs):
         if not args or not isinstance(args[0], Features): return self.whole(*args, **kwargs)
         x = unmarked(args[0]) if self.innermost else args[0]
-        for m in self.rest: x = m(x)
+        for m in self.rest: x = (self.module.get_submodule(m) if isinstance(m, str) else m)(x)
         return x
 
 # %% ../../nbs/head/02_resume.ipynb #1c7bcbb1

@@ -107,7 +107,7 @@ class Samples:
         check_loader(dl, name)
         store_attr()
         self.n,self.bs,self.split,self.fs = n_samples(dl),batch_size(dl),split_of(dl),pipelines(dl)
-        self.own_batches,self.dataset,self.makers = has_own_batches(dl),dataset_name(dl),batch_makers(dl)
+        self.own_batches,self.dataset,self.makers,self.share = has_own_batches(dl),dataset_name(dl),batch_makers(dl),range(self.n)
         self.rand = {k for k,ts in self.fs.items() if any(isinstance(t, RandTransform) for t in ts)} # where fastai's own draw
         self.kept,self.targets,self.seen,self.turn = {},{},0,0 # samples by index; by target, one sample of each
         if self.n and not draws: refuse_random(random_transforms(dl), name)
@@ -149,8 +149,8 @@ def _watched(self:Samples):
     undrawn = lambda f,names,may=False: f if self.draws or may else Undrawn(f, names, self.name)
     if not isinstance(self.dl, DataLoader):
         watched = self.dl.dataset if self.draws else UndrawnDataset(self.dl.dataset, [self.dataset], self.name)
-        return in_order(self.dl, dataset=watched, collate_fn=undrawn(unmixed(self.dl.collate_fn), self.makers, not own))
-    new,rand = in_order(self.dl),self.rand & {'after_item', 'before_batch'}
+        return in_order(self.dl, self.share, dataset=watched, collate_fn=undrawn(unmixed(self.dl.collate_fn), self.makers, not own))
+    new,rand = in_order(self.dl, self.share),self.rand & {'after_item', 'before_batch'}
     if not self.draws and not self.split and any(map(crops, items)):
         new.after_item.split_idx = self.split # fastai sets it at the start of an epoch, if it finds a pipeline
         new.after_item = _SameTwice(new.after_item, self.name)
@@ -166,7 +166,7 @@ def batches(self:Samples) -> Iterator[tuple]: # Of pass, index of the first samp
         forget_normal()
         fetch = watched = partial(next, iter(self._watched()), None)
         if not self.draws and not self.rand: watched = Undrawn(fetch, self.makers, self.name)
-        start,batch = 0,fetch() # a loader draws only at its start
+        start,batch = self.share.start,fetch() # a loader draws only at its start
         while batch is not None:
             n = self._see(start, batch)
             yield k,start,batch
@@ -187,7 +187,7 @@ def _see(self:Samples, start:int, batch) -> int: # How many samples `batch` has
 @patch
 def finish(self:Samples) -> None:
     "After the pass: `ValueError` if samples were left out or one of a target is not the same again; note what data these are"
-    if self.seen != self.passes*self.n: self._refuse_skipped()
+    if self.seen != self.passes*len(self.share): self._refuse_skipped()
     self._refuse_changed({i: row for i,row in self.targets.values() if i not in self.kept})
     self.targets,self.source,self.contents = {},source(self.dl),Contents(self.dl)
 

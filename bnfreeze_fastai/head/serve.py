@@ -6,20 +6,23 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['FeatureBatches', 'refuse_mixing', 'ServeFeatures', 'serving']
+__all__ = ['FeatureBatches', 'refuse_callbacks', 'ServeFeatures', 'serving']
 
 # %% ../../nbs/head/09_serve.ipynb #4d0ff02d
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from fastai.callback.core import GatherPredsCallback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import GetAttr
+from torch.utils.data import DataLoader as TorchDataLoader
 
 from ..utils.batches import tensors_in
-from .loaders import index_batches
+from ..utils.ranks import on_ranks_of
+from .loaders import index_batches, undivided
 from .source import same_source, source
 from .part import FrozenPart, WatchFrozen, refuse_setting
 from .resume import noted, unmarked
@@ -30,7 +33,8 @@ from .store import Store
 class FeatureBatches(GetAttr):
     "The batches of `dl` with stored features in place of inputs, unless its transforms were changed; all else is `dl`'s"
     _default = 'dl'
-    def __init__(self, dl, store:Store, k:int, serve): self.dl,self.store,self.k,self.serve,self.made_of = dl,store,k,serve,source(dl)
+    def __init__(self, dl, store:Store, k:int, serve):
+        self.dl,self.store,self.k,self.serve,self.made_of = dl,store,k,serve,source(undivided(dl))
     def __len__(self): return len(self.dl)
 
     def __iter__(self):
@@ -40,16 +44,20 @@ class FeatureBatches(GetAttr):
                                                          "batches cannot follow: change them in `before_epoch`.")
             yield self.serve(self.store.get(self.k, rows))
 
-    def _unchanged(self) -> bool: return same_source(self.made_of, source(self.dl))
+    def _unchanged(self) -> bool: return same_source(self.made_of, source(undivided(self.dl)))
 
 # %% ../../nbs/head/09_serve.ipynb #864cce39
-def refuse_mixing(
+def refuse_callbacks(
     learn:Learner,
 ) -> None:
-    "Raise `ValueError` if a callback of `learn` mixes the inputs of a batch"
+    "Raise `ValueError` if a callback of `learn` mixes the inputs of a batch, or makes other loaders"
     mixing = [cb.name for cb in learn.cbs if isinstance(cb, MixHandler)]
     if mixing: raise ValueError(f"These callbacks change the input of the model in each batch: {', '.join(mixing)}. Remove them, as by "
                                 f"`learn.remove_cb(learn.{mixing[0]})`, or train without `precompute`.")
+    distributed = any(type(cb).__name__ == 'DistributedTrainer' for cb in learn.cbs) # importing the class needs accelerate
+    if distributed and any(isinstance(dl, TorchDataLoader) for dl in learn.dls.loaders):
+        raise ValueError("`distrib_ctx` makes loaders of its own from PyTorch's, which stored features cannot follow: make them with "
+                         "fastai, as by `fastai.data.load.DataLoader(dataset, bs=64, shuffle=True)`, or train without `precompute`.")
 
 def _refuse_stale(samples:Samples, in_fit:bool):
     "Raise `RuntimeError` if the data are seen to have changed; within a fit, one sample has to do"
@@ -78,18 +86,18 @@ class ServeFeatures(WatchFrozen):
         super().before_fit()
         if self.learn.lock.locked(): return # a validation, for which fastai calls `before_fit` too
         refuse_setting(self.learn)
-        refuse_mixing(self.learn)
+        refuse_callbacks(self.learn)
 
     def before_train(self) -> None:
         "Replace the loader if the features of its samples are stored"
         self.served = self.marked = None
-        mine = source(self.learn.dl)
+        mine = source(undivided(self.learn.dl))
         samples,store = next(((samples, store) for samples,store in self.stores if same_source(samples.source, mine)), (None, None))
         wants_input = any(isinstance(cb, GatherPredsCallback) and cb.with_input for cb in self.learn.cbs)
         if store is None or wants_input: return
         in_fit = self.checked
         super().before_train()
-        _refuse_stale(samples, in_fit)
+        on_ranks_of(partial(_refuse_stale, samples, in_fit), self.learn.model)
         self.learn.dl = FeatureBatches(self.learn.dl, store, getattr(self.learn, 'epoch', 0) % store.n_passes, self._serve)
 
     def _serve(self, batch:tuple) -> tuple:

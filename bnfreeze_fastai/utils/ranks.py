@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['is_distributed', 'this_rank', 'gathered', 'all_ranks', 'on_all_ranks']
+__all__ = ['is_distributed', 'this_rank', 'gathered', 'all_ranks', 'on_all_ranks', 'on_ranks_of', 'in_rounds', 'ranks_here']
 
 # %% ../../nbs/utils/03_ranks.ipynb #880321d3
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 from torch import distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -53,3 +54,37 @@ def on_all_ranks(
     failed = [f'rank {rank}: {message}' for rank,(_,message) in enumerate(per_rank) if message]
     if failed: raise RuntimeError(f"Nothing was changed, as other ranks failed: {'; '.join(failed)}")
     return [res for res,_ in per_rank]
+
+# %% ../../nbs/utils/03_ranks.ipynb #1477c2c7
+def on_ranks_of(
+    f:Callable, # Without arguments
+    model:nn.Module, # The model as it trains, wrapped or not
+) -> None:
+    "Run `f`, as `on_all_ranks` does where several ranks train `model`; a fit in each process by itself waits for no other"
+    if isinstance(model, DistributedDataParallel): on_all_ranks(f, model)
+    else: f()
+
+# %% ../../nbs/utils/03_ranks.ipynb #dc9ae9ea
+def in_rounds(
+    items:Iterator[tuple], # What this rank makes
+    keep:Callable, # Takes an item
+    model:nn.Module, # As for `gathered`
+    together:bool=True, # Keep the items of all ranks? If not, each keeps its own
+) -> Iterator[None]: # Once for each round, and once more for the last, in which no rank has an item left
+    "Make items on all ranks at once, and keep them on all; go through to the end, as the last are kept there"
+    new = []
+    def step():
+        for item in new: keep(*item)
+        item = next(items, None)
+        if together or item is None: return item
+        keep(*item)
+        return () # kept where it was made, so that there is nothing to send
+    left = True
+    while left:
+        new = on_all_ranks(step, model)
+        left,new = any(item is not None for item in new),[item for item in new if item]
+        yield
+
+def ranks_here() -> int: # 1 if there are no others
+    "How many ranks share this machine: as `torchrun` says, or all"
+    return int(os.environ.get('LOCAL_WORLD_SIZE', dist.get_world_size() if is_distributed() else 1))

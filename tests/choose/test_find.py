@@ -510,3 +510,11 @@ def test_all_trials_diverged():
     learn.freeze()
     with pytest.raises(RuntimeError, match='diverged'):
         find(learn)
+
+
+def test_a_distributed_fit_is_refused():
+    class DistributedTrainer(Callback):
+        "As fastai's, which needs accelerate"
+
+    with pytest.raises(ValueError, match='distributed fit'):
+        make_learner(cbs=DistributedTrainer()).bn_find()

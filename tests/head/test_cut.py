@@ -102,6 +102,17 @@ def test_a_forward_of_its_own_is_given_back():
     assert model.forward is own
 
 
+def test_a_layer_that_replaces_one_of_the_head_is_the_one_that_runs():
+    "As by a conversion to `SyncBatchNorm` inside a fit, which keeps the parameters"
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Flatten(), nn.BatchNorm1d(2), nn.Linear(2, 2)))
+    cut = Cut([model[0], model[1][0]], {model: [model[1]], model[1]: [*model[1][1:]]})
+    with resumable(cut):
+        model[1] = nn.SyncBatchNorm.convert_sync_batchnorm(model[1])
+        model[1][1].register_forward_hook(lambda m, xs, y: y + 1)
+        features = torch.ones(2, 2)
+        assert torch.equal(model.eval()(features.as_subclass(Features)), model[1][2](model[1][1](features)))
+
+
 @pytest.mark.parametrize(
     'layer,random',
     [

@@ -725,7 +725,7 @@ REFUSED = {
     'no batch size': (lambda: with_dls(torch_dls(tensors(8), batch_size=None)), 'batch size'),
     'other loader': (lambda: with_dls(DataLoaders(tensors(8), tensors(8))), 'list'),
     'skipped samples': (skipping, 'SkipItemException'),
-    'wrapped': (lambda: setattr(l := small(), 'model', nn.DataParallel(l.model)) or l, 'distributed.*DataParallel'),
+    'wrapped': (lambda: setattr(l := small(), 'model', nn.DataParallel(l.model)) or l, 'DataParallel.*distrib_ctx'),
     'compiled': (lambda: setattr(l := small(), 'model', torch.compile(l.model)) or l, 'compile'),
 }
 
