@@ -845,6 +845,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'bnfreeze_fastai/head/loaders.py'),
                                               'bnfreeze_fastai.head.loaders._Rows.__init__': ( 'head/loaders.html#_rows.__init__',
                                                                                                'bnfreeze_fastai/head/loaders.py'),
+                                              'bnfreeze_fastai.head.loaders._Rows.__len__': ( 'head/loaders.html#_rows.__len__',
+                                                                                              'bnfreeze_fastai/head/loaders.py'),
                                               'bnfreeze_fastai.head.loaders._as_indices': ( 'head/loaders.html#_as_indices',
                                                                                             'bnfreeze_fastai/head/loaders.py'),
                                               'bnfreeze_fastai.head.loaders._step_by_step': ( 'head/loaders.html#_step_by_step',

@@ -83,6 +83,7 @@ class _Itself:
 class _Rows:
     "The indices of a batch, as one thing for a loader to move"
     def __init__(self, idxs): self.idxs = list(idxs)
+    def __len__(self): return len(self.idxs)
 
 @contextmanager
 def _as_indices(dl:DataLoader):
