@@ -14,7 +14,7 @@ PARTS = {
     'recalibration': (recalibration, ('resnet18', 'resnet50')),
     'precompute': (precompute, ('resnet34',)),
     'frozen_part': (frozen_part, ('resnet34', 'resnet50', 'mobilenet_v3_large', 'efficientnet_b0')),
-    'fusion': (fusion, ('resnet50',)),
+    'fusion': (fusion, tuple(fusion.CASES)),
 }
 
 if __name__ == '__main__':
