@@ -82,8 +82,8 @@ class BatchNormFuse(Callback):
         fixed = any(not l.training or not MODES[now[n]].updates_stats for n,l in layers.items())
         small = any(site.uses.small for site in fusion.sites.values())
         if fixed and small: return (
-            "it would take more time, not less. With larger batches or images it pays: the output of a convolution has to have "
-            f"{MIN_VALUES:,} values more than two of its kernels")
+            "it would take more time, not less. With larger batches or images it pays: the output of a convolution has to have at least "
+            f"{MIN_VALUES:,} values more than its kernel")
         if fixed and fusion.ran and all(site.conv.weight.requires_grad for site in fusion.sites.values()):
             return ("no batch norm on fixed statistics could run as one with a convolution or linear layer before it. Batch norm that "
                     "comes first, a hook between the two or a second use of the output, among others, rule it out")

@@ -81,7 +81,7 @@ def test_a_second_backward_pass_through_the_same_graph():
     assert all(map(torch.equal, first, second))
 
 
-def test_what_is_not_saved_is_less_than_two_kernels_of_each_layer(monkeypatch):
+def test_what_is_not_saved_is_little_more_than_the_kernel_of_each_layer(monkeypatch):
     torch.manual_seed(0)
     model, x = models.resnet18(), images(4, 64)
     model.eval()
@@ -90,7 +90,7 @@ def test_what_is_not_saved_is_less_than_two_kernels_of_each_layer(monkeypatch):
         with fused_bn(model), monkeypatch.context() as patched:
             patched.setattr(lazy, 'pays', (lambda *_: True) if at_any_size else pays)
             kept[name] = kept_bytes(model, x)
-    most = sum(4 * (2 * m.weight.numel() + MIN_VALUES) for m in model.modules() if isinstance(m, nn.Conv2d))
+    most = sum(4 * (10 / 9 * m.weight.numel() + MIN_VALUES) for m in model.modules() if isinstance(m, nn.Conv2d))
     assert kept['all fused'] < kept['fused'] < kept['all fused'] + most
 
 
