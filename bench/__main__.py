@@ -16,7 +16,7 @@ PARTS = {
     'scale': (scale, (12_500, 25_000, 50_000, 100_000)),
     'processes': (processes, ('resnet34',)),
     'frozen_part': (frozen_part, ('resnet34', 'resnet50', 'mobilenet_v3_large', 'efficientnet_b0')),
-    'fusion': (fusion, ('resnet50',)),
+    'fusion': (fusion, tuple(fusion.CASES)),
 }
 
 if __name__ == '__main__':

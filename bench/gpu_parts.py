@@ -98,7 +98,7 @@ def fold(arch, at):
 
 def fuse(arch, at):
     task = fusion.make(arch, at)
-    step = {name: partial(fusion.step, block, *task) for name, block in fusion.VARIANTS.items()}
+    step = {name: partial(fusion.steps, 1, block, *task) for name, block in fusion.VARIANTS.items()}
     plain = step.pop('training mode')
     kept = {f'{k}, MiB kept' if '÷' not in k else f'{k}, kept': v for k, v in fusion.compare_kept(arch, at).items()}
     return fusion.time_steps(arch, at) | peaks(step, plain) | kept

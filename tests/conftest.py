@@ -9,6 +9,7 @@ from fastai.torch_core import default_device
 from learners import bits, same
 
 import bnfreeze_fastai.all
+from bnfreeze_fastai.fusion import lazy
 from bnfreeze_fastai.layers import MODES, norm_layers, stats_buffers
 
 torch.set_num_threads(1)
@@ -71,6 +72,12 @@ class Body:
 
 def may_move(mode):
     return {half for half, moves in zip(('stats', 'affine'), MODES[mode]) if moves}
+
+
+@pytest.fixture
+def fused_at_any_size(monkeypatch):
+    "Layers too small for fusion to pay are fused as well"
+    monkeypatch.setattr(lazy, 'pays', lambda *_: True)
 
 
 @pytest.fixture(autouse=True)

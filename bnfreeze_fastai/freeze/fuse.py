@@ -24,6 +24,7 @@ from .copies import leave_a_copy
 from .callback import active_callback
 from .in_force import modes_in_force, planned_modes
 from ..layers import MODES, keeps_stats, norm_layers
+from ..fusion.convolution import MIN_VALUES
 from ..fusion.fuse import Fusion, fused_bn
 
 # %% ../../nbs/freeze/12_fuse.ipynb #d9d1d9b6
@@ -79,6 +80,10 @@ class BatchNormFuse(Callback):
                     "by `learn.freeze_to_bn(0, bn_above='affine-only')`")
         now = modes_in_force(self.learn)
         fixed = any(not l.training or not MODES[now[n]].updates_stats for n,l in layers.items())
+        small = any(site.uses.small for site in fusion.sites.values())
+        if fixed and small: return (
+            "it would take more time, not less. With larger batches or images it pays: the output of a convolution has to have at least "
+            f"{MIN_VALUES:,} values more than its kernel")
         if fixed and fusion.ran and all(site.conv.weight.requires_grad for site in fusion.sites.values()):
             return ("no batch norm on fixed statistics could run as one with a convolution or linear layer before it. Batch norm that "
                     "comes first, a hook between the two or a second use of the output, among others, rule it out")

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['FUNCTIONS', 'Operation', 'autocast_dtype', 'as_operation', 'scale_and_shift', 'kernel_scale', 'ScaledConvolution']
+__all__ = ['FUNCTIONS', 'MIN_VALUES', 'Operation', 'autocast_dtype', 'as_operation', 'inverse_std', 'scale_and_shift',
+           'kernel_scale', 'channel_sums', 'ScaledConvolution', 'pays']
 
 # %% ../../nbs/fusion/00_convolution.ipynb #830629b7
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import NamedTuple
 
 import torch, torch.nn.functional as F
@@ -95,17 +98,22 @@ def as_operation(
     return None if how['padding'] is None else Operation(**how, transposed=names is _TRANSPOSED, groups=groups)
 
 # %% ../../nbs/fusion/00_convolution.ipynb #460856b4
+def inverse_std(
+    var:Tensor, # Running variance
+    eps:float, # ε
+) -> Tensor: # In single precision or better
+    "1/σ of each channel"
+    return torch.rsqrt(var.to(torch.promote_types(var.dtype, torch.float32)) + eps)
+
 def scale_and_shift(
     mean:Tensor, # Running mean, of shape (channels,)
-    var:Tensor, # Running variance
+    inv_std:Tensor, # 1/σ
     weight:Tensor|None, # γ
     bias:Tensor|None, # β
-    eps:float, # ε
     of_convolution:Tensor|None, # Its own bias b
-) -> tuple[Tensor, Tensor]: # s and t, of shape (channels,), in single precision or better
+) -> tuple[Tensor, Tensor]: # s and t, of shape (channels,), in the type of `inv_std`
     "What batch norm on fixed statistics multiplies the kernel before it by, and the bias of both"
-    scale = torch.rsqrt(var.to(torch.promote_types(var.dtype, torch.float32)) + eps)
-    if weight is not None: scale = weight*scale
+    scale = inv_std if weight is None else weight*inv_std
     shift = -mean*scale if of_convolution is None else (of_convolution - mean)*scale
     return scale, shift if bias is None else bias + shift
 
@@ -120,25 +128,55 @@ def kernel_scale(
     n_in,n_out = kernel_shape[:2]
     return scale.view(op.groups, 1, n_out).expand(-1, n_in//op.groups, -1).reshape(n_in, n_out, *ones)
 
+def channel_sums(
+    t:Tensor, # Of the shape of a kernel
+    op:Operation,
+) -> Tensor: # Of shape (channels,)
+    "The sum over the weights of each output channel"
+    if not op.transposed: return t.sum(tuple(range(1, t.dim())))
+    return t.sum(tuple(range(2, t.dim()))).view(op.groups, -1, t.shape[1]).sum(1).view(-1)
+
 # %% ../../nbs/fusion/00_convolution.ipynb #eb6e07e8
 class ScaledConvolution(torch.autograd.Function):
-    "`op(x, weight*scale, bias)`, for which no kernel is kept"
+    "Batch norm on fixed statistics of `op(x, weight, bias)`, by one convolution for which no kernel is kept"
     @staticmethod
-    def forward(ctx, op:Operation, x:Tensor, weight:Tensor, scale:Tensor, bias:Tensor) -> Tensor:
-        for_x,for_weight,for_scale = ctx.needs_input_grad[1:4]
-        ctx.op,ctx.shapes = op,(x.shape, weight.shape, scale.shape)
-        ctx.save_for_backward(x if for_weight or for_scale else None, weight if for_x or for_scale else None,
-                              scale if for_x or for_weight else None)
-        kernel = (weight*scale).to(x.dtype)
-        if bias.dtype == x.dtype: return op(x, kernel, bias)
-        return op(x, kernel).add_(bias.view(-1, *[1]*(x.dim() - 2))) # in half precision its rounding would shift whole channels
+    def forward(ctx, op:Operation, eps:float, at_backward:Callable, x:Tensor, weight:Tensor, bias:Tensor|None,
+                mean:Tensor, var:Tensor, gamma:Tensor|None, beta:Tensor|None) -> Tensor:
+        for_x,for_weight,_,_,_,for_gamma,_ = ctx.needs_input_grad[3:]
+        ctx.op,ctx.at_backward,ctx.shapes,inv_std = op,at_backward,(x.shape, weight.shape),inverse_std(var, eps)
+        ctx.save_for_backward(x if for_weight or for_gamma else None, weight if for_x or for_gamma else None,
+                              bias, mean, inv_std, gamma)
+        scale,shift = scale_and_shift(mean, inv_std, gamma, beta, bias)
+        kernel = (weight*kernel_scale(scale, op, weight.shape)).to(x.dtype)
+        if shift.dtype == x.dtype: return op(x, kernel, shift)
+        return op(x, kernel).add_(shift.view(-1, *[1]*(x.dim() - 2))) # in half precision its rounding would shift whole channels
 
     @staticmethod
     def backward(ctx, dy:Tensor) -> tuple[Tensor|None, ...]:
-        (x,weight,scale),(_,for_x,for_weight,for_scale,for_bias) = ctx.saved_tensors,ctx.needs_input_grad
-        unread = lambda shape: dy.new_empty(1).expand(shape)
-        x = unread(ctx.shapes[0]) if x is None else x
-        kernel = (weight*scale).to(dy.dtype) if for_x else unread(ctx.shapes[1])
-        dx,dkernel,dbias = ctx.op.gradients(dy, x, kernel, [for_x, for_weight or for_scale, for_bias])
-        dscale = (dkernel*weight).sum_to_size(ctx.shapes[2]) if for_scale else None
-        return None, dx, dkernel*scale if for_weight else None, dscale, dbias
+        ctx.at_backward()
+        (x,weight,bias,mean,inv_std,gamma),(x_shape,w_shape) = ctx.saved_tensors,ctx.shapes
+        for_x,for_weight,for_bias,_,_,for_gamma,for_beta = ctx.needs_input_grad[3:]
+        scale = inv_std if gamma is None else gamma*inv_std
+        of_kernel,unread = kernel_scale(scale, ctx.op, w_shape),lambda shape: dy.new_empty(1).expand(shape)
+        kernel = (weight*of_kernel).to(dy.dtype) if for_x else unread(w_shape)
+        dx,dkernel,dshift = ctx.op.gradients(dy, unread(x_shape) if x is None else x, kernel,
+                                             [for_x, for_weight or for_gamma, for_bias or for_gamma or for_beta])
+        dweight = dbias = dgamma = None
+        if for_gamma: dgamma = inv_std*(channel_sums(dkernel*weight, ctx.op) + dshift*(-mean if bias is None else bias - mean))
+        if for_weight: dweight = _scaled(dkernel, of_kernel)
+        if for_bias: dbias = dshift*scale
+        return None, None, None, dx, dweight, dbias, None, None, dgamma, dshift if for_beta else None
+
+def _scaled(t:Tensor, scale:Tensor) -> Tensor:
+    "`t*scale`, in the memory of `t` where autograd does not record it"
+    return t*scale if torch.is_grad_enabled() or t.dtype != scale.dtype else t.mul_(scale)
+
+# %% ../../nbs/fusion/00_convolution.ipynb #cbf41924
+MIN_VALUES = 2**16 # of an output, for which what fusion takes of Python is worth it
+
+def pays(
+    kernel_shape:tuple,
+    output_shape:tuple,
+) -> bool:
+    "Whether a convolution and batch norm on fixed statistics take no more time as one than in training mode"
+    return 9*(prod(output_shape) - MIN_VALUES) > 10*prod(kernel_shape)

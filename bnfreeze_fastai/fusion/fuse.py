@@ -52,7 +52,10 @@ class _Site(Temporary):
 
     def __call__(self, *args, **kwargs):
         self.settle()
-        with _Deferring(self.uses) if self.defers else nullcontext(): return type(self.conv).forward(self.conv, *args, **kwargs)
+        with _Deferring(self.uses) if self.worth(*args) else nullcontext(): return type(self.conv).forward(self.conv, *args, **kwargs)
+
+    def worth(self, x:Any=None, *_) -> bool: # x by position, as all models give it
+        return self.defers and not (self.uses.small and isinstance(x, Tensor) and x.shape in self.uses.small)
 
     def settle(self):
         "Leave the convolution alone from now on if something other than batch norm used its output and the backward pass is over"

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_iter, tree_map
 
-from .convolution import (FUNCTIONS, Operation, ScaledConvolution, as_operation, autocast_dtype, kernel_scale,
-                                                scale_and_shift)
+from .convolution import FUNCTIONS, Operation, ScaledConvolution, as_operation, autocast_dtype, pays
 
 # %% ../../nbs/fusion/01_lazy.ipynb #36551d2c
 class Uses:
@@ -29,11 +28,12 @@ class Uses:
         self.names,self.norms = names or {},set() # the names of those that it was fused with
         self.looked_at,self.had_backward = False,False # Did anything else use one? Has there been a backward pass since?
         self.outputs = WeakValueDictionary() # those that somebody still has
+        self.small = set() # shapes of inputs for which fusion does not pay
 
     def look(self) -> None:
         if not self.looked_at: self.looked_at,self.had_backward = True,False
 
-    def backward(self, *_) -> None: self.had_backward = True
+    def backward(self) -> None: self.had_backward = True
 
 # %% ../../nbs/fusion/01_lazy.ipynb #45013f26
 class DeferredCall:
@@ -65,10 +65,7 @@ class DeferredCall:
         "What batch norm on fixed statistics makes of the output, which is not computed on its own"
         self.check()
         self.uses.norms.add(self.uses.names.get(mean))
-        scale,bias = scale_and_shift(mean, var, gamma, beta, eps, self.bias)
-        out = ScaledConvolution.apply(self.op, self.x, self.weight, kernel_scale(scale, self.op, self.weight.shape), bias)
-        if out.requires_grad: out.register_hook(self.uses.backward)
-        return out
+        return ScaledConvolution.apply(self.op, eps, self.uses.backward, self.x, self.weight, self.bias, mean, var, gamma, beta)
 
 # %% ../../nbs/fusion/01_lazy.ipynb #f74c217f
 class _DeferredFunction(torch.autograd.Function):
@@ -95,7 +92,7 @@ def _fusible(input, running_mean, running_var, weight=None, bias=None, training=
     if not isinstance(input, Deferred) or training or running_mean is None or running_var is None or _transformed(): return None
     if input.looked_at and running_mean not in input.fused_with: return None # checkpointing repeats what was done
     by_channel = [t for t in (running_mean, running_var, weight, bias) if t is not None]
-    shape,dtype = input.shape[1:2],input.dtype
+    shape,dtype = input.call.shape[1:2],input.call.x.dtype
     dtypes = {dtype, torch.float32} if dtype in (torch.float16, torch.bfloat16) else {dtype}
     if any(t.shape != shape or t.dtype not in dtypes for t in by_channel): return None
     for_gamma_alone = weight is not None and weight.requires_grad and not input.call.weight.requires_grad
@@ -177,4 +174,7 @@ def _deferred_call(uses:Uses, func, input:Tensor, weight:Tensor, bias:Tensor|Non
     except (TypeError, ValueError): return None # whatever PyTorch makes of it
     shape = None if op is None else op.output_shape(input.shape, weight.shape)
     if shape is None or bias is not None and bias.shape != shape[1:2]: return None
+    if not pays(weight.shape, shape):
+        uses.small.add(input.shape)
+        return None
     return DeferredCall(op, shape, input.to(autocast or input.dtype), weight, bias, uses)

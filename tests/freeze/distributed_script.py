@@ -8,6 +8,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bnfreeze_fastai.freeze.callback import BatchNormFreeze
 from bnfreeze_fastai.freeze.recalibrate import BatchNormRecalibrate
+from bnfreeze_fastai.fusion import lazy
 from bnfreeze_fastai.layers import MODES, norm_layers, stats_buffers
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 from bnfreeze_fastai.stats.shift import bn_shift
@@ -86,7 +87,7 @@ def check_sabotage():
 
 
 def check_fusion(sync_bn):
-    learns = []
+    lazy.pays, learns = lambda *_: True, []  # also layers this small
     for fuse in (False, True):
         learn = ranked_learner(sync_bn, opt_func=OPTIMIZERS['sgd']).freeze_to_bn(0, bn_above='affine-only')
         if fuse:

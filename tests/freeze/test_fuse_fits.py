@@ -22,7 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from bnfreeze_fastai.freeze.callback import BatchNormFreeze
 from bnfreeze_fastai.freeze.fuse import BatchNormFuse
 
-pytestmark = pytest.mark.filterwarnings('ignore:The running statistics')
+pytestmark = [pytest.mark.usefixtures('fused_at_any_size'), pytest.mark.filterwarnings('ignore:The running statistics')]
 
 
 def pretrained(opt='sgd', **kwargs):

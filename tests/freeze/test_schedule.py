@@ -350,6 +350,7 @@ def test_fractions_of_any_kind():
     assert 'from 0.3333 of a fit' in repr(make_learner(cbs=cb).bn_summary())
 
 
+@pytest.mark.usefixtures('fused_at_any_size')
 @pytest.mark.filterwarnings('error:There was nothing to fuse')
 @pytest.mark.parametrize('end,epochs', [('affine-only', 1), ('affine-only', 2), ('frozen', 3)])
 def test_fusion_starts_with_the_stage(end, epochs):

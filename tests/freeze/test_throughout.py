@@ -228,6 +228,7 @@ def test_precompute_follows_it():
             pass
 
 
+@pytest.mark.usefixtures('fused_at_any_size')
 def test_fused_all_the_way():
     losses = []
     for fused in (False, True):

@@ -20,7 +20,10 @@ from bnfreeze_fastai.fusion.fuse import fused_bn, kept_bytes
 from bnfreeze_fastai.fusion.lazy import Deferred
 from bnfreeze_fastai.layers import bn_layers, norm_layers
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated arguments of torchvision, statistics that were never trained
+pytestmark = [
+    pytest.mark.usefixtures('fused_at_any_size'),
+    pytest.mark.filterwarnings('ignore'),
+]  # deprecated arguments of torchvision, statistics that were never trained
 
 
 def prepare(model, *inputs, mode='affine-only'):

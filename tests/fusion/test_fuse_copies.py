@@ -13,7 +13,7 @@ from bnfreeze_fastai.core import hold_bn_mode, set_bn_mode
 from bnfreeze_fastai.fusion.fuse import fused_bn
 from bnfreeze_fastai.layers import bn_layers
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # statistics that were never trained
+pytestmark = [pytest.mark.usefixtures('fused_at_any_size'), pytest.mark.filterwarnings('ignore')]  # statistics that were never trained
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 

@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 from bnfreeze_fastai.core import set_bn_mode
 from bnfreeze_fastai.fusion.fuse import fused_bn
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # of PyTorch's own batching
+pytestmark = [pytest.mark.usefixtures('fused_at_any_size'), pytest.mark.filterwarnings('ignore')]  # of PyTorch's own batching
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
 X = torch.randn(5, 2, 4, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0))
 

@@ -8,7 +8,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 from bnfreeze_fastai.core import set_bn_mode
 from bnfreeze_fastai.fusion.fuse import fused_bn
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # deprecated parts of tracing
+pytestmark = [pytest.mark.usefixtures('fused_at_any_size'), pytest.mark.filterwarnings('ignore')]  # deprecated parts of tracing
 
 
 @pytest.fixture

@@ -222,6 +222,7 @@ class TestQuantisation:
             assert {l.weight.grad is not None for l in norm_layers(model).values()} == {MODES[mode].trains_affine}
 
     @pytest.mark.parametrize('mode', ['affine-only', 'frozen'])
+    @pytest.mark.usefixtures('fused_at_any_size')
     def test_held_it_computes_in_training_what_it_computes_in_evaluation(self, model, x, mode):
         model.apply(disable_observer)
         assert not torch.equal(model.train()(x), model.eval()(x))
