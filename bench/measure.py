@@ -3,19 +3,32 @@
 import os, re, subprocess, sys, time
 from pathlib import Path
 
+import torch
+
 SIZE, BATCH, N_BATCHES = 128, 16, 16
 
 
 def seconds(f, *args):
-    start = time.perf_counter()
+    "Of the processor where PyTorch uses one thread, as other processes do not change that; else of the clock"
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     f(*args)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def ratio_to(plain, f):
     "Seconds of `f()` as a ratio to the mean of those of `plain()` just before and just after it"
     before, own, after = seconds(plain), seconds(f), seconds(plain)
     return 2 * own / (before + after)
+
+
+def ratios_to(plain, variants):
+    "`ratio_to` for each of `variants` by name, with one pass of `plain` between two of them"
+    before, ratios = seconds(plain), {}
+    for name, f in variants.items():
+        own, after = seconds(f), seconds(plain)
+        ratios[name], before = 2 * own / (before + after), after
+    return ratios
 
 
 def added_memory(f, *args):

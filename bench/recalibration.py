@@ -8,10 +8,10 @@ from fastprogress.fastprogress import progress_bar
 from torch.optim.swa_utils import update_bn
 from torchvision import models
 
-from bench.measure import BATCH, N_BATCHES, SIZE, added_memory, compare_memory, ratio_to
+from bench.measure import BATCH, SIZE, added_memory, compare_memory, ratios_to
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 
-ROUNDS = 7
+ROUNDS, N_BATCHES = 5, 8
 
 
 def model_and_batches(arch):
@@ -45,17 +45,17 @@ def time_passes(arch):
     for f in (forward_pass, *VARIANTS.values()):
         f(*args)  # warm up
 
-    plain = partial(forward_pass, *args)
-    rounds = pd.DataFrame([{name: ratio_to(plain, partial(f, *args)) for name, f in VARIANTS.items()} for _ in progress_bar(range(ROUNDS))])
+    plain, own = partial(forward_pass, *args), {name: partial(f, *args) for name, f in VARIANTS.items()}
+    rounds = pd.DataFrame([ratios_to(plain, own) for _ in progress_bar(range(ROUNDS))])
     return {f'{name} ÷ forward pass': rounds[name].median() for name in VARIANTS}
 
 
 TABLES = {
-    'Re-estimating statistics, time': time_passes,
-    'Re-estimating statistics, peak memory added': partial(
+    f'Re-estimating statistics over {N_BATCHES} batches, time': time_passes,
+    f'Re-estimating statistics over {N_BATCHES} batches, peak memory added': partial(
         compare_memory,
         'bench.recalibration',
-        names=['forward_pass', 'recalibrate_bn', 'sequential', 'update_bn'],
+        names=['forward_pass', *VARIANTS],
         own='recalibrate_bn',
         other='forward_pass',
     ),
