@@ -11,7 +11,7 @@ from bench.measure import BATCH, SIZE
 
 PARTS = {
     'head': (head, ('resnet34', 'resnet50')),
-    'recalibration': (recalibration, ('resnet18', 'resnet50')),
+    'recalibration': (recalibration, ('resnet18', 'resnet50', 'mobilenet_v2', 'densenet121', 'efficientnet_b0')),
     'precompute': (precompute, ('resnet34',)),
     'scale': (scale, (12_500, 25_000, 50_000, 100_000)),
     'processes': (processes, ('resnet34',)),

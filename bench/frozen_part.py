@@ -3,12 +3,11 @@
 from copy import deepcopy
 from functools import partial
 
-import pandas as pd, timm, torch
+import timm, torch
 from fastai.vision.learner import create_body
-from fastprogress.fastprogress import progress_bar
 from torchvision import models
 
-from bench.measure import Scale, ratio_to
+from bench.measure import Scale, medians
 from bnfreeze_fastai.head.fold import folded
 from bnfreeze_fastai.head.resume import relative_error
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
@@ -58,9 +57,8 @@ def time_forward_passes(arch, at=AT, compiles=True):
 
     own = variants(body, x, compiles)
     off = relative_error(own['fold_frozen'][0](x), body(x))
-    plain = partial(run, body, x)
-    rounds = pd.DataFrame([{name: ratio_to(plain, partial(run, *v)) for name, v in own.items()} for _ in progress_bar(range(at.rounds))])
-    return {**rounds.median().to_dict(), 'fold_frozen - plain': f'{off:.0e}'}
+    found = medians({name: partial(run, *v) for name, v in own.items()}, partial(run, body, x), at.rounds)
+    return {**found, 'fold_frozen - plain': f'{off:.0e}'}
 
 
 TABLES = {'Forward pass of the frozen body in evaluation mode, ÷ plain': time_forward_passes}

@@ -1,4 +1,4 @@
-"What head training costs under `freeze_to_bn(-1)`, against fastai's `freeze()` and the bare forward pass of the frozen body"
+"What head training costs under `freeze_to_bn(-1)`, folded or not, against fastai's `freeze()` and the bare forward pass of the frozen body"
 
 import sys
 from functools import partial
@@ -56,6 +56,17 @@ def freeze_to_bn(learn):
     learn.remove_cb(active_callback(learn))
 
 
+def enter_fold(learn, fit=noop):
+    learn.freeze_to_bn(-1)
+    with learn.fold_frozen():
+        fit(1)
+    learn.remove_cb(active_callback(learn))
+
+
+def fold_frozen(learn):
+    enter_fold(learn, learn.fit)
+
+
 @torch.no_grad()
 def forward_pass(learn):
     learn.model.eval()
@@ -63,7 +74,7 @@ def forward_pass(learn):
         learn.model[0](x)
 
 
-VARIANTS = {f.__name__: f for f in (fastai_freeze, freeze_to_bn, forward_pass)}
+VARIANTS = {f.__name__: f for f in (fastai_freeze, freeze_to_bn, fold_frozen, enter_fold, forward_pass)}
 
 
 def time_variants(arch, at=AT):
@@ -72,10 +83,15 @@ def time_variants(arch, at=AT):
     for f in VARIANTS.values():
         f(learn)  # warm up, and statistics to hold
     rounds = pd.DataFrame([{name: seconds(f, learn) for name, f in VARIANTS.items()} for _ in progress_bar(range(at.rounds))])
+    rounds['folded'] = rounds['fold_frozen'] - rounds['enter_fold']  # its block is entered once, whatever the number of epochs
+    ratio = lambda own, other: (rounds[own] / rounds[other]).median()
     return {
         'epoch, s': rounds['freeze_to_bn'].median(),
-        '÷ fastai freeze()': (rounds['freeze_to_bn'] / rounds['fastai_freeze']).median(),
-        '÷ forward pass': (rounds['freeze_to_bn'] / rounds['forward_pass']).median(),
+        '÷ fastai freeze()': ratio('freeze_to_bn', 'fastai_freeze'),
+        '÷ forward pass': ratio('freeze_to_bn', 'forward_pass'),
+        'fold_frozen ÷ fastai freeze()': ratio('folded', 'fastai_freeze'),
+        'fold_frozen ÷ forward pass': ratio('folded', 'forward_pass'),
+        'entering it, batches': at.n_batches * ratio('enter_fold', 'folded'),
     }
 
 
@@ -124,7 +140,9 @@ def callback_cost(arch, at=AT):
 
 TABLES = {
     'Head training, time of an epoch': time_variants,
-    'Head training, peak memory added': partial(compare_memory, 'bench.head', names=VARIANTS, own='freeze_to_bn', other='fastai_freeze'),
+    'Head training, peak memory added': partial(
+        compare_memory, 'bench.head', names=[v for v in VARIANTS if v != 'enter_fold'], own='freeze_to_bn', other='fastai_freeze'
+    ),
     "The callback's own cost": callback_cost,
 }
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd, torch
+from fastprogress.fastprogress import progress_bar
 
 SIZE, BATCH, N_BATCHES = 128, 16, 16
 
@@ -26,18 +27,24 @@ def wait():
 
 
 def seconds(f, *args):
-    "By the clock, and not by events of the GPU, which would leave out what the processor does last"
+    """Of the processor where PyTorch uses one thread and no GPU, as other processes do not change that; else of the clock, and not by events
+    of the GPU, which would leave out what the processor does last"""
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_initialized()
+    clock = time.process_time if alone else time.perf_counter
     wait()
-    start = time.perf_counter()
+    start = clock()
     f(*args)
     wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def ratio_to(plain, f):
-    "Seconds of `f()` as a ratio to the mean of those of `plain()` just before and just after it"
-    before, own, after = seconds(plain), seconds(f), seconds(plain)
-    return 2 * own / (before + after)
+def ratios_to(plain, variants):
+    "Seconds of each of `variants`, by name, as a ratio to the mean of those of `plain()` just before and just after it"
+    before, ratios = seconds(plain), {}
+    for name, f in variants.items():
+        own, after = seconds(f), seconds(plain)
+        ratios[name], before = 2 * own / (before + after), after
+    return ratios
 
 
 def added_memory(f, *args):
@@ -69,8 +76,7 @@ def medians(variants, plain, rounds):
     "Of the times of `variants`, by name, as ratios to that of `plain` just before and after"
     for f in (plain, *variants.values()):
         f()
-    rows = [{name: ratio_to(plain, f) for name, f in variants.items()} for _ in range(rounds)]
-    return pd.DataFrame(rows).median().to_dict()
+    return pd.DataFrame([ratios_to(plain, variants) for _ in progress_bar(range(rounds))]).median().to_dict()
 
 
 def peaks(variants, plain):

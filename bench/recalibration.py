@@ -3,15 +3,14 @@
 import sys
 from functools import partial
 
-import pandas as pd, torch
-from fastprogress.fastprogress import progress_bar
+import torch
 from torch.optim.swa_utils import update_bn
 from torchvision import models
 
-from bench.measure import Scale, added_memory, compare_memory, ratio_to
+from bench.measure import Scale, added_memory, compare_memory, medians
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 
-AT = Scale(rounds=7)
+AT = Scale(rounds=5, n_batches=8)
 
 
 def model_and_batches(arch, at=AT):
@@ -43,22 +42,16 @@ VARIANTS = {
 def time_passes(arch, at=AT):
     "Median over rounds of each variant's time, as a ratio to the mean of the forward passes just before and just after it"
     args = model_and_batches(arch, at)
-    for f in (forward_pass, *VARIANTS.values()):
-        f(*args)  # warm up
-
-    plain = partial(forward_pass, *args)
-    rounds = pd.DataFrame(
-        [{name: ratio_to(plain, partial(f, *args)) for name, f in VARIANTS.items()} for _ in progress_bar(range(at.rounds))]
-    )
-    return {f'{name} ÷ forward pass': rounds[name].median() for name in VARIANTS}
+    variants = {f'{name} ÷ forward pass': partial(f, *args) for name, f in VARIANTS.items()}
+    return medians(variants, partial(forward_pass, *args), at.rounds)
 
 
 TABLES = {
-    'Re-estimating statistics, time': time_passes,
-    'Re-estimating statistics, peak memory added': partial(
+    f'Re-estimating statistics over {AT.n_batches} batches, time': time_passes,
+    f'Re-estimating statistics over {AT.n_batches} batches, peak memory added': partial(
         compare_memory,
         'bench.recalibration',
-        names=['forward_pass', 'recalibrate_bn', 'sequential', 'update_bn'],
+        names=['forward_pass', *VARIANTS],
         own='recalibrate_bn',
         other='forward_pass',
     ),

@@ -77,6 +77,12 @@ def bn_summary(self:Learner) -> BatchNormSummary: # Columns of `.df`: `layer`, `
     if self.opt is None: self.create_opt()
     return summarise(self)
 
+# %% ../nbs/05_learner.ipynb #a5d83f5b
+@patch
+def fold_frozen(self:Learner) -> AbstractContextManager[Learner]: # `self`; entering raises `ValueError` where it would not be exact to 1e-4
+    "Run the frozen part in `channels_last`, with batch norm folded into the convolutions: `with learn.fold_frozen(): learn.fit(5)`"
+    return fold.fold_frozen(self)
+
 # %% ../nbs/05_learner.ipynb #b40836d2
 @patch
 def recalibrate_bn(self:Learner,
@@ -180,12 +186,6 @@ def precompute(self:Learner,
 ) -> AbstractContextManager[Learner]: # `self`; where it would not be exact, entering raises `ValueError` and changes nothing
     "Run the frozen part once, and train on its outputs: `with learn.precompute(): learn.fit_one_cycle(5)`"
     return precomputed(self, n_aug, max_mem, dtype)
-
-# %% ../nbs/05_learner.ipynb #a5d83f5b
-@patch
-def fold_frozen(self:Learner) -> AbstractContextManager[Learner]: # `self`; entering raises `ValueError` where it would not be exact to 1e-4
-    "Run the frozen part in `channels_last`, with batch norm folded into the convolutions: `with learn.fold_frozen(): learn.fit(5)`"
-    return fold.fold_frozen(self)
 
 # %% ../nbs/05_learner.ipynb #422f8f2a
 @patch

@@ -90,10 +90,11 @@ def _pairs(model:nn.Module, x:Tensor) -> list[tuple[nn.Module, nn.Module]]: # (c
             and id(c.output) in norms and users[id(c.output)] == 1]
 
 # %% ../../nbs/head/11_fold.ipynb #fb129eed
-def _replace(model:nn.Module, old:nn.Module, new:nn.Module):
-    for m in model.modules():
+def _replace(model:nn.Module, new:dict[nn.Module, nn.Module]):
+    "Put `new[m]` in the place of each module `m` that has one"
+    for m in list(model.modules()):
         for name,child in list(m._modules.items()):
-            if child is old: setattr(m, name, new)
+            if child in new: setattr(m, name, new[child])
 
 def folded(
     modules:list[nn.Module], # Called one after the other
@@ -102,10 +103,12 @@ def folded(
     "A copy of `modules` with batch norm folded into the convolutions"
     with evaluating(plain := nn.Sequential(*modules)): plain(x) # a weight that is recomputed has no graph then, and can be copied
     copy = deepcopy(plain, copied_buffers(plain)).requires_grad_(False).eval()
+    new = {}
     for conv,norm in _pairs(copy, x):
         stats = norm.running_mean,norm.running_var,norm.eps
-        _replace(copy, conv, _plain(conv, *fuse_conv_bn_weights(conv.weight, conv.bias, *stats, norm.weight, norm.bias)))
-        _replace(copy, norm, _rest(norm))
+        new[conv] = _plain(conv, *fuse_conv_bn_weights(conv.weight, conv.bias, *stats, norm.weight, norm.bias))
+        new[norm] = _rest(norm)
+    _replace(copy, new)
     for p in copy.parameters():
         if p.ndim == x.ndim == 4: p.data = p.data.contiguous(memory_format=torch.channels_last)
     return copy

@@ -50,11 +50,17 @@ def pooled(
     return found
 
 # %% ../../nbs/stats/00_moments.ipynb #64f8bcd6
+_IN_CACHE = 2**18 # values: a megabyte in single precision
+
 def _rows_by_shift(x:Tensor) -> tuple[Tensor, Tensor]:
     "Mean and sum of squared deviations of each row of (n, channels, values)"
+    x,some = x.detach(),max(1, _IN_CACHE//max(1, x[:1].numel()))
     shift = x.mean(-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    d = x - shift
-    total,squares = d.sum(-1).double(),d.square_().sum(-1).double()
+    room,sums = torch.empty_like(x[:some], dtype=shift.dtype),[]
+    for part,c in zip(x.split(some), shift.split(some)):
+        d = torch.sub(part, c, out=room[:len(part)])
+        sums.append((d.sum(-1), d.square_().sum(-1)))
+    total,squares = (torch.cat(o).double() for o in zip(*sums))
     return shift[..., 0].double() + total/x.shape[-1],squares - total.square()/x.shape[-1]
 
 def _rows_by_kernel(x:Tensor) -> tuple[Tensor, Tensor]:

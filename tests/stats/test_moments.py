@@ -4,6 +4,7 @@ from functools import reduce
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
+from torch.overrides import TorchFunctionMode
 
 from bnfreeze_fastai.stats.moments import _rows_by_kernel, _rows_by_shift, batch_moments, instance_moments, pool
 
@@ -30,12 +31,34 @@ def test_uneven_batches_of_any_shape(sizes, trailing, offset, scale, seed):
         torch.testing.assert_close(m.var, x.var(1), rtol=2e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize('shape', [(64, 4, 32, 32), (4, 4, 200_000)])
+@pytest.mark.parametrize('shape', [(64, 4, 32, 32), (4, 4, 200_000), (5, 4, 30_000)])
 def test_a_mean_of_a_million_standard_deviations(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 1e6
     m, all_values = batch_moments(x), values([x])
     torch.testing.assert_close(m.mean, all_values.mean(1), rtol=1e-12, atol=0)
     torch.testing.assert_close(m.var, all_values.var(1), rtol=1e-6, atol=0)
+
+
+class Made(TorchFunctionMode):
+    "Notes the bytes of each tensor that is made"
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        res = func(*args, **(kwargs or {}))
+        if isinstance(res, torch.Tensor):
+            self.bytes[res.untyped_storage().data_ptr()] = res.untyped_storage().nbytes()
+        return res
+
+
+@pytest.mark.parametrize('format', [torch.contiguous_format, torch.channels_last])
+def test_a_large_batch_is_not_copied(format):
+    x = torch.randn(8, 32, 64, 64).to(memory_format=format)
+    with Made() as made:
+        batch_moments(x)
+    assert max(n for at, n in made.bytes.items() if at != x.untyped_storage().data_ptr()) <= x.untyped_storage().nbytes() // 4
 
 
 def test_order_and_grouping_do_not_matter():
