@@ -4,6 +4,7 @@ A part is on its own in what it needs, so that one that fails on some card or ve
 
 import json, os, subprocess, sys, tempfile, warnings
 from functools import partial
+from pathlib import Path
 from xml.etree import ElementTree
 
 import torch, torch.nn.functional as F
@@ -14,13 +15,15 @@ from bench.runtimes import compiled_body, compiled_step, graphs, of_stats, preci
 from bnfreeze_fastai.core import hold_bn_mode
 from bnfreeze_fastai.layers import MODES
 
+ROOT = Path(__file__).parents[1]
+
 
 def tests(arch, at):
     "How many tests with the marker `cuda` pass, and what failed"
     with tempfile.TemporaryDirectory() as folder:
         report = f'{folder}/report.xml'
         options = ['-m', 'cuda', '--device', at.device, f'--junitxml={report}', '-p', 'no:cacheprovider']
-        subprocess.run([sys.executable, '-m', 'pytest', 'tests/gpu', *options], stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, '-m', 'pytest', 'tests/gpu', *options], cwd=ROOT, stdout=subprocess.DEVNULL)
         suite = ElementTree.parse(report).find('testsuite')
     counts = {k: int(suite.get(k)) for k in ('tests', 'failures', 'errors', 'skipped')}
     broken = [(case, case.find(tag)) for case in suite.iter('testcase') for tag in ('failure', 'error') if case.find(tag) is not None]
@@ -113,12 +116,11 @@ def recalibrate(arch, at):
 def ranks(arch, at):
     "Two processes on one device: what they agree on, and what is refused, in the words of the refusal"
     figures, most = {}, 60 if at.device == 'cuda' else 300
+    how = dict(cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=most)
     for backend in ('gloo', *(['nccl'] if at.device == 'cuda' else [])):
         launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m', 'bench.ranks']
         try:
-            res = subprocess.run(
-                [*launch, backend, at.device], capture_output=True, text=True, timeout=most, env={**os.environ, 'OMP_NUM_THREADS': '1'}
-            )
+            res = subprocess.run([*launch, backend, at.device], **how)
         except subprocess.TimeoutExpired:
             figures[backend] = f'no answer in {most} s'
             continue

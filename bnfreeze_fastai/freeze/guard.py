@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['drop_grads', 'level_slow_weights', 'Fixed', 'fixed_params', 'Guard', 'fingerprints_of', 'other_buffers',
+__all__ = ['drop_grads', 'level_slow_weights', 'Fixed', 'fixed_params', 'fingerprints_of', 'Guard', 'other_buffers',
            'look_moving', 'told_moving']
 
 # %% ../../nbs/freeze/05_guard.ipynb #4889e736
@@ -64,6 +64,14 @@ def fixed_params(
     return Fixed([p for group in groups.lists for p in group if p in fixed], by_policy.union(*off[:frozen.n]))
 
 # %% ../../nbs/freeze/05_guard.ipynb #29d24ed7
+def fingerprints_of(
+    model:nn.Module,
+    names:Collection[str], # Of parameters and buffers; those that `model` has not are left out
+) -> dict[str, bytes]:
+    "The fingerprints of some tensors of `model`, by name"
+    tensors = named_tensors(model) if names else {}
+    return {n: fingerprint(tensors[n]) for n in names if n in tensors}
+
 class Guard(ExitStack):
     "Holds what `modes` fix, from now until it is closed"
     def __init__(self,
@@ -119,14 +127,6 @@ class Guard(ExitStack):
         return told_in_eval([n for n,l in self.layers.items() if l in in_eval]) if in_eval else None
 
 # %% ../../nbs/freeze/05_guard.ipynb #44be1050
-def fingerprints_of(
-    model:nn.Module,
-    names:Collection[str], # Of parameters and buffers; those that `model` has not are left out
-) -> dict[str, bytes]:
-    "The fingerprints of some tensors of `model`, by name"
-    tensors = named_tensors(model) if names else {}
-    return {n: fingerprint(tensors[n]) for n in names if n in tensors}
-
 def other_buffers(
     model:nn.Module,
 ) -> list[str]: # Dotted names
