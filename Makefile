@@ -10,7 +10,7 @@ CHECK := house/test_repo house/test_types test_core freeze/test_policy freeze/te
 # mkdocs reads where pages and site are from the environment; the first variable silences advice to leave mkdocs
 MKDOCS := NO_MKDOCS_2_WARNING=1 DOCS_PAGES="$(abspath $(OUT))/_proc" DOCS_SITE="$(abspath $(OUT))/_docs" $(BIN)/mkdocs
 
-.PHONY: demo check test oldest upgrade versions soak sweep bench gpu experiments advice notebooks readme docs pages site docs-serve dist \
+.PHONY: demo check test long oldest upgrade versions soak sweep bench gpu experiments advice notebooks readme docs pages site docs-serve dist \
     chromium clean
 
 .venv/locked: requirements-dev.txt
@@ -36,7 +36,11 @@ check: .venv/installed
 	$(PYTEST) $(CHECK:%=tests/%.py)
 
 test: .venv/installed chromium
-	$(PYTEST) tests
+	$(PYTEST) -m 'not long' tests
+
+# The rest: what is shown on a page runs in an empty folder, long tutorials, kills, spawned processes, lists of versions, networks
+long: .venv/installed
+	$(PYTEST) -m long tests
 
 # The lower bounds of settings.ini, pinned: what is most likely to break there, in an environment that goes when done with
 oldest: .venv/installed

@@ -18,7 +18,7 @@ PYTHONS = re.findall(r'Python :: (3\.\d+)', CONFIG['DEFAULT']['classifiers'])
 LISTS = {p.stem: re.search(r'^# Python (3\.\d+)$', p.read_text(encoding='utf-8'), flags=re.M)[1] for p in sorted(VERSIONS.glob('*.txt'))}
 MATRIX = [(LISTS['oldest'], 'oldest'), *((p, name) for name, p in LISTS.items() if name != 'oldest'), *((p, 'newest') for p in PYTHONS)]
 MIDDLE = {(p, 'newest') for p in PYTHONS[1:-1]}  # which have a list of their own, so that a part of the tests will do
-QUICK = 'not distributed and not browser and not cuda'
+QUICK = 'not long and not distributed and not browser and not cuda'
 OTHERS = [f'--ignore=tests/{folder}' for folder in ('gpu', 'house', 'soak', 'sweep', 'versions')]
 PART = [
     *('tests/test_compat.py', 'tests/test_core.py', 'tests/freeze/test_callback.py', 'tests/freeze/test_learner.py', 'tests/stats'),

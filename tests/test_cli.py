@@ -112,6 +112,7 @@ def test_compare(pets):
     assert other.returncode == 2 and 'bs (4 there, 8 now)' in other.stderr and (out / 'results.csv').read_bytes() == before
 
 
+@pytest.mark.long
 def test_compare_in_two_processes_gives_the_same(pets):
     args = ['compare', 'pets', *SMALL, '--modes', 'train,frozen', '--epochs', '2', '--seeds', '2', '--fit', 'fit_one_cycle']
     tables = []
@@ -134,6 +135,7 @@ def press_ctrl_c(process):
             pass
 
 
+@pytest.mark.long
 def test_compare_is_stopped_and_goes_on(pets):
     args = lambda seeds: ['compare', 'pets', *SMALL, '--epochs', '2', '--seeds', seeds, '--out', 'found']
     process = warm.Script(COMMAND, *args('200'))

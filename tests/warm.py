@@ -1,8 +1,9 @@
 """Scripts, each in a new process, forked from one that has loaded the libraries which fastai needs: to load them takes seconds.
 
-Nothing is loaded that adds to the classes of another, such as fastai, so that a script that forgets an import fails here too."""
+Nothing is loaded that adds to the classes of another, such as fastai, so that a script that forgets an import fails here too; `also` names
+modules that are loaded nevertheless, for scripts that are known to import them."""
 
-import functools, json, os, runpy, signal, subprocess, sys, tempfile, time, warnings
+import atexit, functools, gc, json, os, runpy, signal, subprocess, sys, tempfile, threading, time, warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,18 +11,18 @@ LIBRARIES = 'IPython.display matplotlib.pyplot numpy pandas PIL.Image scipy.stat
 
 
 @functools.cache
-def server():
+def server(also=()):
     "The process that forks, and a folder for what is said; it ends when its standard input is closed, as this process ends"
     folder = tempfile.TemporaryDirectory(prefix='warm-')
     env = os.environ | {'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg'}
-    return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, env=env, text=True), folder
+    return subprocess.Popen([sys.executable, __file__, *also], stdin=subprocess.PIPE, env=env, text=True), folder
 
 
 class Script:
     "`python script *args` as `subprocess.Popen` would start it, in a session of its own"
 
-    def __init__(self, script, *args, folder='.', **env):
-        process, told = server()
+    def __init__(self, script, *args, folder='.', also=(), **env):
+        (process, told), self.also = server(also), also
         self.args, self.told = [str(script), *map(str, args)], Path(tempfile.mkdtemp(dir=told.name))
         request = dict(args=self.args, folder=os.path.abspath(folder), env=dict(os.environ) | env, told=str(self.told))
         process.stdin.write(json.dumps(request) + '\n')
@@ -33,7 +34,7 @@ class Script:
         while not (self.told / name).exists():
             if time.monotonic() > until:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            assert server()[0].poll() is None, 'the process that forks has ended'
+            assert server(self.also)[0].poll() is None, 'the process that forks has ended'
             time.sleep(0.01)
         return (self.told / name).read_text()
 
@@ -53,7 +54,8 @@ class Script:
 def run(script, *args, **kwargs):
     "What `subprocess.run` gives"
     if sys.platform != 'linux':  # Windows has no fork, and on macOS what is forked may not use the system's own libraries
-        folder, env = kwargs.pop('folder', '.'), dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg') | kwargs
+        folder, _ = kwargs.pop('folder', '.'), kwargs.pop('also', ())
+        env = dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg') | kwargs
         return subprocess.run([sys.executable, str(script), *map(str, args)], cwd=folder, env=env, capture_output=True, text=True)
     process = Script(script, *args, **kwargs)
     out, err = process.communicate()
@@ -96,13 +98,35 @@ def become(request):
     sys.argv, sys.path[0] = request['args'], os.path.dirname(request['args'][0])
 
 
+def run_to_the_end(script):
+    "As the interpreter would, but for giving memory back at the end, which takes a second for what was loaded before the fork"
+    status = 0
+    try:
+        runpy.run_path(script, run_name='__main__')
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+    except BaseException as e:
+        sys.excepthook(type(e), e, e.__traceback__)
+        status = -signal.SIGINT if isinstance(e, KeyboardInterrupt) else 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush(), sys.stderr.flush()
+    if status == -signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(status)
+
+
 if __name__ == '__main__':
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its input
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        for name in LIBRARIES.split():
+        for name in (*LIBRARIES.split(), *sys.argv[1:]):
             with suppress(ImportError):
                 __import__(name)
+    gc.freeze()  # what is loaded stays, and is shared with all that is forked
     become(request := requests())
-    runpy.run_path(request['args'][0], run_name='__main__')
+    run_to_the_end(request['args'][0])

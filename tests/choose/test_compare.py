@@ -293,7 +293,7 @@ def clear_shared_memory(pid):
 
 
 @on_linux
-@pytest.mark.parametrize('n_jobs', [1, 2])
+@pytest.mark.parametrize('n_jobs', [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_killed_process_goes_on_without_loss(n_jobs):
     kept = None
     for n_runs in (1, 4, 6):
@@ -316,7 +316,7 @@ def test_a_killed_process_goes_on_without_loss(n_jobs):
 
 
 @on_linux
-@pytest.mark.parametrize('n_jobs', [1, 2])
+@pytest.mark.parametrize('n_jobs', [1, pytest.param(2, marks=pytest.mark.long)])
 def test_ctrl_c_from_a_terminal(n_jobs):
     process = start(n_jobs)
     wait_for(2, process)

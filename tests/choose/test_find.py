@@ -53,8 +53,10 @@ def find(learn, epochs=8, fit='fit_one_cycle', **kwargs):
 
 @pytest.mark.parametrize(
     'problem,right',
-    [(FAR, ('fastai',)), (SMALL_BATCHES, ('affine-only', 'converted'))],
-    ids=['far', 'small batches'],
+    [
+        pytest.param(FAR, ('fastai',), id='far'),
+        pytest.param(SMALL_BATCHES, ('affine-only', 'converted'), id='small batches', marks=pytest.mark.long),
+    ],
 )
 def test_trials_overrule_the_rule_where_they_are_clear(problem, right):
     found = [find(planted(seed, **problem), epochs=20) for seed in range(10)]

@@ -176,7 +176,7 @@ ARCHS = {
     'resnet50': (models.resnet50, 64, norm_layers),
     'densenet121': (models.densenet121, 64, densenet_norms),
     'mobilenet_v3_large': (models.mobilenet_v3_large, 64, norm_layers),
-    'inception_v3': (partial(models.inception_v3, init_weights=False), 299, norm_layers),
+    'inception_v3': (partial(models.inception_v3, init_weights=False, aux_logits=False), 80, norm_layers),
     'regnet_y_400mf': (models.regnet_y_400mf, 64, norm_layers),
     'efficientnet_b0': (partial(timm.create_model, 'efficientnet_b0', drop_path_rate=0.2), 64, norm_layers),
     'resnest14d': (partial(timm.create_model, 'resnest14d'), 64, norm_layers),

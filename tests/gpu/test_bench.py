@@ -8,7 +8,7 @@ from conftest import ROOT
 from bench import gpu_parts
 from bench.gpu import main, QUICK
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.filterwarnings('ignore')]
 ARCH, AT = QUICK
 
 

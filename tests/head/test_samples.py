@@ -49,7 +49,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize('fastai', [False, True])
 @pytest.mark.parametrize('name', CHANGES)
 def test_what_differs_in_time_is_refused(name, fastai, workers):

@@ -1,4 +1,4 @@
-"`.ci/run` gives the README's commands, then `make oldest`, in a clone, and leaves nothing, on a small repository in place of this one"
+"`.ci/run` gives the README's commands, then `make long` and `make oldest`, in a clone, and leaves nothing, on a small repository in place of this one"
 
 import os, shutil, signal, subprocess, time
 
@@ -24,6 +24,8 @@ demo:
 	@python3 -c 'import os; print(sorted(os.environ.items()))'
 test:
 	@echo "test: $$(ls -A $$HOME $$TMPDIR | wc --lines)"
+long:
+	@echo the long tests
 oldest:
 	@echo the oldest versions
 docs-serve:
@@ -72,12 +74,13 @@ def test_commands_run_in_a_clone_without_what_is_around_it(checkout):
     assert status == 0, said
     assert 'demo in bnfreeze_fastai: Makefile README.md\n' in said and 'test: ' in said and 'never' not in said
     assert "('CI', 'true')" in said and "('PIP_RETRIES', '7')" in said and 'PYTHONPATH' not in said and 'VIRTUAL_ENV' not in said
-    assert said.index('== make demo') < said.index('== make test') < said.index('== make oldest') < said.index('the oldest versions')
+    steps = ['== make demo', '== make test', '== make long', 'the long tests', '== make oldest', 'the oldest versions']
+    assert sorted(steps, key=said.index) == steps
     home = said.partition("('HOME', '")[2].partition("'")[0]
     assert home.startswith(str(checkout.parent / 'tmp')) and home != os.environ.get('HOME')
 
 
-@pytest.mark.parametrize('target', ['demo', 'test', 'oldest'])
+@pytest.mark.parametrize('target', ['demo', 'test', 'long', 'oldest'])
 def test_a_command_that_fails_fails_the_run(checkout, target):
     change(checkout, Makefile=MAKEFILE.replace(f'\n{target}:', f'\n{target}:\n\t@exit 3'))
     status, said = run(checkout)

@@ -22,7 +22,7 @@ def dist(tmp_path_factory):
     return folder / 'dist'
 
 
-@pytest.fixture(scope='module', params=['*.whl', '*.tar.gz'], ids=['wheel', 'sdist'])
+@pytest.fixture(scope='module', params=[pytest.param('*.whl', id='wheel'), pytest.param('*.tar.gz', id='sdist', marks=pytest.mark.long)])
 def installed(request, dist, tmp_path_factory):
     "The `bin` of an environment with what was built; what that needs is seen from the tests' own environment"
     folder = tmp_path_factory.mktemp('environment')

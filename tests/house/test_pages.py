@@ -1,6 +1,6 @@
 "What a page shows can be pasted into a script in an empty folder, and runs"
 
-import re
+import re, subprocess, sys
 from pathlib import Path
 from textwrap import dedent
 
@@ -25,12 +25,22 @@ def shown_code(notebook):
     return '\n\n'.join(re.sub(r'\s*```.*', '', dedent(s.removeprefix(FOLD))) if s.startswith(FOLD) else s for s in shown)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('notebook', PAGES, ids=lambda p: p.stem)
 def test_shown_code_runs_in_an_empty_folder(notebook, tmp_path):
     (tmp_path / 'page.py').write_text(shown_code(notebook), encoding='utf-8')
     folder = notebook.parent if notebook.stem in OF_THE_REPOSITORY else tmp_path
     result = warm.run(tmp_path / 'page.py', folder=folder)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_shown_code_uses_nothing_that_is_hidden(tmp_path):
+    "As far as can be told without running it"
+    for notebook in PAGES:
+        (tmp_path / f'{notebook.parent.name}_{notebook.stem}.py').write_text(shown_code(notebook), encoding='utf-8')
+    command = [sys.executable, '-m', 'ruff', 'check', '--isolated', '--select=F821,F822,F823', '--quiet', tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize(

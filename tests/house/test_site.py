@@ -55,7 +55,7 @@ def visit(site, browser):
     "Opens a page of the site in a new window; what goes wrong there, and any request to elsewhere, fails the test"
     faults, contexts = [], []
 
-    def open_page(path, **options):
+    def open_page(path, wait=True, **options):
         context = browser.new_context(**options)
         contexts.append(context)
         page = context.new_page()
@@ -64,7 +64,8 @@ def visit(site, browser):
         page.on('response', lambda response: faults.append(f'{path}: {response.status} {response.url}') if response.status >= 400 else None)
         page.on('request', lambda request: faults.append(f'{path} asks {request.url}') if not request.url.startswith(site[0]) else None)
         page.goto(f'{site[0]}/{path}')
-        page.wait_for_load_state('networkidle')
+        if wait:
+            page.wait_for_load_state('networkidle')
         return page
 
     yield open_page
@@ -80,22 +81,29 @@ PROSE = """() => {
 }"""
 
 
+def assert_whole(page, path):
+    assert page.locator('h1').count() == 1 and page.locator('h1').is_visible(), path
+    for image in page.locator('article img').all():
+        image.scroll_into_view_if_needed()
+        assert image.evaluate('i => i.complete && i.naturalWidth > 0') and image.is_visible(), path
+    assert page.locator('.arithmatex').count() == page.locator('.arithmatex .katex').count(), path
+    prose = page.evaluate(PROSE)
+    assert '$' not in prose and '\n- ' not in prose and '**' not in prose, path
+    assert page.evaluate('document.scrollingElement.scrollWidth <= window.innerWidth'), f'{path} is wider than the window'
+
+
 @needs_browser
 @pytest.mark.parametrize('size', [(1280, 900), (390, 844)], ids=['desk', 'phone'])
 def test_every_page_is_whole(visit, site, size):
     pages = site[1]
     assert len(pages) == len(list((ROOT / 'nbs').rglob('*.ipynb')))
-    for path in pages:
-        page = visit(path, viewport=dict(width=size[0], height=size[1]))
-        assert page.locator('h1').count() == 1 and page.locator('h1').is_visible(), path
-        for image in page.locator('article img').all():
-            image.scroll_into_view_if_needed()
-            assert image.evaluate('i => i.complete && i.naturalWidth > 0') and image.is_visible(), path
-        assert page.locator('.arithmatex').count() == page.locator('.arithmatex .katex').count(), path
-        prose = page.evaluate(PROSE)
-        assert '$' not in prose and '\n- ' not in prose and '**' not in prose, path
-        assert page.evaluate('document.scrollingElement.scrollWidth <= window.innerWidth'), f'{path} is wider than the window'
-        page.context.close()
+    window = dict(width=size[0], height=size[1])
+    for start in range(0, len(pages), 12):  # which load at the same time
+        opened = {path: visit(path, wait=False, viewport=window) for path in pages[start : start + 12]}
+        for path, page in opened.items():
+            page.wait_for_load_state('networkidle')
+            assert_whole(page, path)
+            page.context.close()
 
 
 @needs_browser

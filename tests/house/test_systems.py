@@ -78,6 +78,7 @@ def test_nothing_needs_what_linux_alone_has(platform):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_where_processes_are_spawned():
     out = run((ROOT / 'tests' / 'house' / 'spawn_script.py').read_text(encoding='utf-8'))
     assert out.count('passed') == 5

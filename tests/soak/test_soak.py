@@ -10,6 +10,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != 'linux', reason='processes are watched by /proc'),
     pytest.mark.filterwarnings('ignore'),
     pytest.mark.slow,
+    pytest.mark.long,
 ]
 
 

@@ -68,7 +68,7 @@ def test_one_pass():
     assert check(net(), images()) == 3 + 2
 
 
-@pytest.mark.parametrize('arch', [resnet18, mobilenet_v2, densenet121])
+@pytest.mark.parametrize('arch', [resnet18, mobilenet_v2, pytest.param(densenet121, marks=pytest.mark.long)])
 def test_networks(arch):
     torch.manual_seed(0)
     assert check(arch(num_classes=2), images((3, 3, 2), 32)) == 3 + 2

@@ -7,7 +7,7 @@ from learners import body_and_head
 from fastai.callback.core import Callback
 from torchvision import models
 
-import bnfreeze_fastai.fusion.lazy, bnfreeze_fastai.head.store, bnfreeze_fastai.learner
+import bnfreeze_fastai.fusion.convolution, bnfreeze_fastai.head.store, bnfreeze_fastai.learner
 from bnfreeze_fastai.freeze.summary import BatchNormSummary
 from tests.sweep import checks, rows
 from tests.sweep.networks import Network, classifier, two_groups
@@ -92,10 +92,16 @@ def test_wrong_features_are_seen(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'change', [lambda st: (st[0], st[1] + 1e-6), lambda st: (st[0] * (1 + 1e-6), st[1]), lambda st: (st[0].detach(), st[1])]
+    'name,change',
+    [
+        ('scale_and_shift', lambda st: (st[0], st[1] + 1e-6)),
+        ('scale_and_shift', lambda st: (st[0] * (1 + 1e-6), st[1])),
+        ('channel_sums', lambda sums: sums * (1 + 1e-6)),
+        ('_scaled', lambda dweight: dweight * (1 + 1e-6)),
+    ],
 )
-def test_wrong_fusion_is_seen(monkeypatch, change):
-    altered(monkeypatch, bnfreeze_fastai.fusion.lazy, 'scale_and_shift', change)
+def test_wrong_fusion_is_seen(monkeypatch, name, change):
+    altered(monkeypatch, bnfreeze_fastai.fusion.convolution, name, change)
     assert checks.check_fusion(small(), SIZE).startswith('wrong: off by ')
 
 

@@ -274,6 +274,7 @@ class TestQuantisation:
 
 
 @pytest.mark.distributed
+@pytest.mark.long
 class TestTwoForwardPasses:
     def launched(self, folder, script):
         (folder / 'script.py').write_text(script, encoding='utf-8')

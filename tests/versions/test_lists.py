@@ -84,6 +84,7 @@ def solved(name, more=()):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('name', HOSTED)
 def test_installing_replaces_nothing(name):
     there = solved(name)
