@@ -94,7 +94,7 @@ def assert_whole(page, path):
 
 
 @needs_browser
-@pytest.mark.parametrize('size', [(1280, 900), (390, 844)], ids=['desk', 'phone'])
+@pytest.mark.parametrize('size', [pytest.param((1280, 900), id='desk'), pytest.param((390, 844), id='phone', marks=pytest.mark.long)])
 def test_every_page_is_whole(visit, site, size):
     pages = site[1]
     assert len(pages) == len(list((ROOT / 'nbs').rglob('*.ipynb')))
