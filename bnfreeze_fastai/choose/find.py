@@ -24,7 +24,6 @@ import numpy as np, pandas as pd
 from fastai.callback.schedule import Learner # with the methods that fit
 from fastcore.basics import patch
 from matplotlib.figure import Figure
-from torch.nn.parallel import DistributedDataParallel
 
 from ..utils.batches import with_progress
 from .compare import check_training
@@ -35,7 +34,7 @@ from ..head.loaders import batch_size, check_loader, n_samples
 from ..plots import plot_gains
 from .policies import put_policy
 from ..freeze.groups import Groups, frozen_groups, pretrained_norms
-from ..utils.ranks import is_distributed
+from ..utils.ranks import trains_distributed
 from ..utils.restore import kept_rng
 from .rules import TRIED, advantages, choose, expected_gains, phase_of, rule
 from .runs import n_batches
@@ -109,8 +108,7 @@ def _check_model(trial:Learner):
 
 def _refuse_distributed(learn:Learner):
     refuse_setting(learn)
-    trainer = any(type(cb).__name__ == 'DistributedTrainer' for cb in learn.cbs) # importing the class needs accelerate
-    if trainer or is_distributed() or isinstance(learn.model, DistributedDataParallel):
+    if trains_distributed(learn):
         raise ValueError("`bn_find` tries policies on one device, and does not work in a distributed fit: call it in a script of its own.")
 
 def _check_loaders(learn:Learner):

@@ -28,9 +28,9 @@ class FiniteStats:
 
     def keep(self) -> None:
         "Note the statistics before a batch"
-        now = [(n, b) for n,l in self.layers.items() for b in stats_buffers(l).values() if not is_lazy(b)]
-        self.kept = {n: [] for n,_ in now}
-        for (n,b),old in zip(now, copies([b for _,b in now])): self.kept[n].append((b, old))
+        now = {n: [b for b in stats_buffers(l).values() if not is_lazy(b)] for n,l in self.layers.items()}
+        old = iter(copies([b for buffers in now.values() for b in buffers]))
+        self.kept = {n: [(b, next(old)) for b in buffers] for n,buffers in now.items()}
         self.batches += 1
         self._counted = False
 

@@ -27,7 +27,7 @@ from .cut import cut_of, holds_any
 from ..utils.in_fit import as_in_fit
 from ..utils.tensors import fingerprints
 from ..freeze.groups import Groups
-from ..utils.ranks import on_all_ranks, on_ranks_of
+from ..utils.ranks import callback_named, on_all_ranks, on_ranks_of
 from ..utils.restore import standing_in
 from .resume import check_cut, is_resumable, resumable
 
@@ -61,13 +61,10 @@ def frozen_and_trained(
 def refuse_setting(learn:Learner) -> None:
     "Raise `ValueError` unless `learn` is a Learner whose model runs as one module in each process"
     if not isinstance(learn, Learner): raise wrong('learn', learn, 'a Learner', 'it is one that has optimizer, data and callbacks')
-    if isinstance(learn.model, nn.DataParallel) or _callback(learn, 'ParallelTrainer'):
+    if isinstance(learn.model, nn.DataParallel) or callback_named(learn, 'ParallelTrainer'):
         raise ValueError("`DataParallel` copies the model in each step, which does not work with this: give each device a process of its "
                          "own, as `learn.distrib_ctx()` does, or train on one.")
     refuse_compiled(learn.model, "which would run the whole of it: compile it after this.")
-
-def _callback(learn:Learner, name:str): # None if there is none
-    return next((cb for cb in learn.cbs if type(cb).__name__ == name), None) # importing these classes needs accelerate
 
 # %% ../../nbs/head/08_part.ipynb #4910bcd3
 def _one_inputs(learn:Learner, batches:list) -> list[Tensor]:
@@ -111,7 +108,7 @@ class FrozenPart:
 
     def _find(self, batches:list) -> list[bytes]: # Fingerprints of what is before the cut
         xs,model = _one_inputs(self.learn, batches),named_modules(self.learn.model)[''] # inside a wrapper, which has to see gradients
-        trainer = _callback(self.learn, 'DistributedTrainer')
+        trainer = callback_named(self.learn, 'DistributedTrainer')
         device = trainer.accelerator.device if trainer else getattr(self.learn.dls, 'device', None)
         if device is not None: self.learn.model.to(device)
         alike = [x for x in xs if x.shape[1:] == xs[0].shape[1:] and x.dtype == xs[0].dtype]

@@ -21,7 +21,7 @@ from fastcore.basics import GetAttr
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from ..utils.batches import tensors_in
-from ..utils.ranks import on_ranks_of
+from ..utils.ranks import callback_named, on_ranks_of
 from .loaders import index_batches, undivided
 from .source import same_source, source
 from .part import FrozenPart, WatchFrozen, refuse_setting
@@ -54,8 +54,7 @@ def refuse_callbacks(
     mixing = [cb.name for cb in learn.cbs if isinstance(cb, MixHandler)]
     if mixing: raise ValueError(f"These callbacks change the input of the model in each batch: {', '.join(mixing)}. Remove them, as by "
                                 f"`learn.remove_cb(learn.{mixing[0]})`, or train without `precompute`.")
-    distributed = any(type(cb).__name__ == 'DistributedTrainer' for cb in learn.cbs) # importing the class needs accelerate
-    if distributed and any(isinstance(dl, TorchDataLoader) for dl in learn.dls.loaders):
+    if callback_named(learn, 'DistributedTrainer') is not None and any(isinstance(dl, TorchDataLoader) for dl in learn.dls.loaders):
         raise ValueError("`distrib_ctx` makes loaders of its own from PyTorch's, which stored features cannot follow: make them with "
                          "fastai, as by `fastai.data.load.DataLoader(dataset, bs=64, shuffle=True)`, or train without `precompute`.")
 

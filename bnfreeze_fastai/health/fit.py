@@ -19,16 +19,15 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ..freeze.callback import active_callback
 from ..freeze.recalibrate import BatchNormRecalibrate
 from .report import Finding, first_names
-from .setup import Setup, callback_named, devices_of, is_synced
+from .setup import Setup, devices_of, is_synced
 from .statistics import LIMITS
 from ..holds import holds_on
-from ..utils.ranks import is_distributed
+from ..utils.ranks import trains_distributed
 
 # %% ../../nbs/health/04_fit.ipynb #05d72223
 def _small(s:Setup) -> list[str]: # Names of batch norm layers that normalise few samples
@@ -45,9 +44,8 @@ def accumulation(s:Setup) -> Finding|None:
 
 def processes(s:Setup) -> Finding|None:
     "Small batches of each process"
-    wrapped = isinstance(s.learn.model, DistributedDataParallel) or callback_named(s.learn, 'DistributedTrainer') is not None
     names = tuple(n for n in _small(s) if not is_synced(s.learn, s.layers[n]))
-    if names and (wrapped or is_distributed()): return Finding('warning', f'each process normalises its own {s.sizes.batch} samples', names,
+    if names and trains_distributed(s.learn): return Finding('warning', f'each process normalises its own {s.sizes.batch} samples', names,
         '`DistributedDataParallel` averages gradients, but not the statistics of batch norm; those of rank 0 are kept.',
         '`nn.SyncBatchNorm.convert_sync_batchnorm(model)`, or `learn.distrib_ctx(sync_bn=True)`.')
 

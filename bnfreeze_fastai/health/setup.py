@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['with_optimizer', 'held_without_policy', 'callback_named', 'devices_of', 'is_synced', 'Setup', 'look_at']
+__all__ = ['with_optimizer', 'held_without_policy', 'devices_of', 'is_synced', 'Setup', 'look_at']
 
 # %% ../../nbs/health/02_setup.ipynb #d0480af1
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import ceil
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from fastai.callback.training import BnFreeze, GradientAccumulation
@@ -30,7 +30,7 @@ from .batches import Seen, Sizes, first_batch, seen_by_layers, sizes_of
 from ..holds import holds_on
 from ..layers import BN_TYPES, MODES, affine_params, keeps_stats, updates_stats
 from ..utils.batches import model_inputs, tensors_in
-from ..utils.ranks import is_distributed
+from ..utils.ranks import callback_named, is_distributed
 from ..utils.restore import kept_rng
 
 # %% ../../nbs/health/02_setup.ipynb #1ee1ebb9
@@ -78,13 +78,6 @@ def _frozen_part(learn:Learner, groups:Groups) -> set[str]: # Names of norm laye
     return below | {*(frozen_by_hand(groups, groups.norms.keys() - below) if cb is None else cb.attachment.look(groups).by_hand)}
 
 # %% ../../nbs/health/02_setup.ipynb #85048544
-def callback_named(
-    learn:Learner,
-    name:str, # Of its class, so that nothing has to be installed
-) -> Any: # `None` if there is none
-    "A callback of `learn`"
-    return next((cb for cb in learn.cbs if type(cb).__name__ == name), None)
-
 def devices_of(
     learn:Learner,
 ) -> int: # 1 without `DataParallel`

@@ -6,17 +6,33 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['is_distributed', 'this_rank', 'gathered', 'all_ranks', 'on_all_ranks', 'on_ranks_of', 'in_rounds', 'ranks_here']
+__all__ = ['is_distributed', 'callback_named', 'trains_distributed', 'this_rank', 'gathered', 'all_ranks', 'on_all_ranks',
+           'on_ranks_of', 'in_rounds', 'ranks_here']
 
 # %% ../../nbs/utils/03_ranks.ipynb #880321d3
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import distributed as dist, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # %% ../../nbs/utils/03_ranks.ipynb #a9331b9b
 def is_distributed() -> bool: return dist.is_available() and dist.is_initialized()
+
+def callback_named(
+    learn, # A Learner
+    name:str, # Of its class, so that nothing has to be installed: fastai's distributed callbacks need accelerate
+) -> Any: # `None` if there is none
+    "A callback of `learn`"
+    return next((cb for cb in learn.cbs if type(cb).__name__ == name), None)
+
+def trains_distributed(
+    learn, # A Learner
+) -> bool:
+    "Whether a fit of `learn` is one of several processes"
+    wrapped = isinstance(learn.model, DistributedDataParallel)
+    return is_distributed() or wrapped or callback_named(learn, 'DistributedTrainer') is not None
 
 def this_rank() -> int: # 0 if there are no others
     "The rank of this process"
