@@ -47,12 +47,13 @@ def ratios_to(plain, variants):
     return ratios
 
 
+def memory(field):
+    "MiB of this process, by a field of Linux's /proc/self/status, such as `VmRSS`"
+    return int(re.search(rf'{field}:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) / 1024
+
+
 def added_memory(f, *args):
-    "MiB of resident memory that `f(*args)` adds at its peak to this process; reads Linux's /proc"
-
-    def memory(field):
-        return int(re.search(rf'{field}:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) / 1024
-
+    "MiB of resident memory that `f(*args)` adds at its peak to this process"
     Path('/proc/self/clear_refs').write_text('5')  # the peak counts from here
     before = memory('VmRSS')
     f(*args)

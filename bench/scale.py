@@ -1,13 +1,12 @@
 "Stored features of many samples: seconds and memory by their number, in memory and in a file"
 
-import json, re, subprocess, sys, threading, time
-from pathlib import Path
+import json, subprocess, sys, threading, time
 
 import torch
 from fastai.data.core import DataLoaders
 from torch import nn
 
-from bench.measure import seconds
+from bench.measure import memory
 from bench.precompute import plain_learner
 import bnfreeze_fastai.learner
 
@@ -27,18 +26,13 @@ class Images:
         return torch.full((3, 8, 8), i / self.n), i % 10
 
 
-def own_memory():
-    "MiB of memory of this process that is no file's; reads Linux's /proc"
-    return int(re.search(r'RssAnon:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) / 1024
-
-
 def peak_of(f):
-    "MiB of its own memory that `f()` adds at its peak, looked at every few milliseconds"
-    before, seen, over = own_memory(), [0], threading.Event()
+    "MiB of memory of this process, which is no file's, that `f()` adds at its peak, looked at every few milliseconds"
+    before, seen, over = memory('RssAnon'), [0], threading.Event()
 
     def watch():
         while not over.wait(0.005):
-            seen.append(own_memory() - before)
+            seen.append(memory('RssAnon') - before)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -49,19 +43,20 @@ def peak_of(f):
 
 
 def measure(n, in_memory):
-    "Seconds to store the features of `n` samples, seconds of an epoch on them, MiB at the peak and of features"
+    "Seconds to store the features of `n` samples, seconds of an epoch on them, and MiB at the peak"
     body = nn.Sequential(nn.Conv2d(3, WIDTH, 8), nn.BatchNorm2d(WIDTH), nn.ReLU(), nn.Flatten())
     dls = DataLoaders.from_dsets(Images(n), Images(BATCH), bs=BATCH, num_workers=0, device='cpu')
     learn = plain_learner(dls, nn.Sequential(body, nn.Linear(WIDTH, 10)), lambda m: [list(part.parameters()) for part in m])
     learn.recalibrate_bn(n_batches=1)
     learn.freeze_to_bn(-1)
-    took, features = [], 2 * 4 * n * WIDTH
+    took, kept = [], (n + BATCH) * (4 * WIDTH + 8)  # bytes of features and labels, also for validation
 
     def run():
         start = time.perf_counter()
-        with learn.precompute(max_mem=features if in_memory else 0):
-            took.append(time.perf_counter() - start)
-            took.append(seconds(learn.fit, 1))
+        with learn.precompute(max_mem=kept if in_memory else 0):
+            stored = time.perf_counter()
+            learn.fit(1)
+            took.extend((stored - start, time.perf_counter() - stored))
 
     peak = peak_of(run)
     return dict(zip(('stored in, s', 'epoch, s'), took)) | {'peak, MiB': peak}

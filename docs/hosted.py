@@ -6,11 +6,8 @@ from nbdev.config import get_config
 
 from docs.notebooks import REPOSITORY
 
-NEED_A_CLONE = {
-    'which_mode',
-    'put_to_the_test',
-    'costs_and_limits',
-}  # they show tables of the repository: to be read, not to be run elsewhere
+# They show tables of the repository: to be read, not to be run elsewhere
+NEED_A_CLONE = {'which_mode', 'put_to_the_test', 'costs_and_limits'}
 UNKNOWN = '<address of this repository>'  # as the README has it, until pyproject.toml has `Repository` in `[project.urls]`
 
 

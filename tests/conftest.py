@@ -50,6 +50,13 @@ def loads_without_this_package(path):
     return result.returncode == 0
 
 
+def assert_two_ranks_agree(script):
+    "Run `script` on two processes with gloo; it says so at its end"
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=540, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert result.returncode == 0 and 'all ranks agree' in result.stdout, result.stderr[-4000:]
+
+
 class Body:
     "The tensors of a model's body by half, and what moved of them since"
 

@@ -1,6 +1,9 @@
 "Modes, and what belongs to them, on the device that `--device` names"
 
+from functools import partial
+
 import pytest, torch
+from bench.runtimes import as_graph, Overflow
 from conftest import Body, may_move
 from fastai.callback.core import Callback
 from fastai.learner import load_learner
@@ -33,19 +36,6 @@ def test_a_fit_moves_what_the_mode_says(device, mode, precision):
     learn.fit(2)
     assert {p.device.type for p in learn.model.parameters()} == {torch.device(device).type}
     assert body.moved(learn.model[0]) == may_move(mode)
-
-
-class Overflow(Callback):
-    "Makes one batch infinite, so that a gradient scaler skips its step"
-
-    order, skipped = 9, 0
-
-    def before_batch(self):
-        if self.training and self.iter == 1:
-            self.learn.xb = (self.xb[0] * float('inf'),)
-
-    def after_cancel_step(self):
-        self.skipped += 1
 
 
 def test_a_scaler_skips_a_step(gpu):
@@ -169,15 +159,9 @@ def test_a_graph_replays_the_mode_that_it_was_captured_in(gpu):
         x = torch.randn(4, 3, 8, 8, device=gpu)
         model(x)
         with hold_bn_mode(model, mode):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side), torch.no_grad():
-                model(x)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph), torch.no_grad():
-                model(x)
+            with torch.no_grad():
+                replay = as_graph(partial(model, x))
             before = fingerprint(model[1].running_mean)
-            graph.replay()
+            replay()
             torch.cuda.synchronize()
         assert (fingerprint(model[1].running_mean) != before) == (mode == 'train')
