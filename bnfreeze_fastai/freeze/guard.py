@@ -104,7 +104,7 @@ class Guard(ExitStack):
 
     def deny(self) -> None:
         "Let no optimizer step what is fixed"
-        drop_grads(p for p in self.fixed.params if p in self.fixed.firm or not p.requires_grad)
+        drop_grads(p for p in self.fixed.params if not p.requires_grad or p in self.fixed.firm)
 
     def moved(self) -> list[str]: # Names, of any rank
         "What is fixed, but has changed"

@@ -74,8 +74,8 @@ def tensors_in(
 ) -> list[Tensor]:
     "The tensors in `x`, however nested"
     if isinstance(x, Tensor): return [x]
-    if isinstance(x, Mapping): x = tuple(x.values())
-    return [t for o in x for t in tensors_in(o)] if isinstance(x, (tuple, list)) else []
+    if isinstance(x, (tuple, list)): return [t for o in x for t in tensors_in(o)]
+    return tensors_in(tuple(x.values())) if isinstance(x, Mapping) else []
 
 # %% ../../nbs/utils/04_batches.ipynb #e12c66a6
 def check_device(

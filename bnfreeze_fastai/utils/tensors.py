@@ -58,7 +58,8 @@ def all_finite(
     by_kind = {}
     for t in tensors:
         if t.is_floating_point(): by_kind.setdefault((t.device, t.dtype), []).append(t.detach().flatten()) # whole numbers are finite
-    return all(torch.cat(some).isfinite().all() for some in by_kind.values())
+    joined = map(torch.cat, by_kind.values())
+    return all(t.sum().isfinite() or t.isfinite().all() for t in joined) # a sum may overflow, but never hides NaN or infinity
 
 # %% ../../nbs/utils/00_tensors.ipynb #9302ecd9
 def copies(
@@ -66,6 +67,7 @@ def copies(
     device:str|torch.device|None=None, # Where the copies are to be; where each tensor is if not given
 ) -> list[Tensor]: # One for each, in their order
     "Copies of all of them, without gradients; one transfer for each device and type"
+    if device is None and all(t.device.type == 'cpu' for t in tensors): return [t.detach().clone() for t in tensors]
     by_kind,found = {},{}
     for i,t in enumerate(tensors): by_kind.setdefault((t.device, t.dtype), []).append(i)
     for some in by_kind.values():
