@@ -17,7 +17,7 @@ CONFIG.read(VERSIONS.parent.parent / 'settings.ini', encoding='utf-8')
 PYTHONS = re.findall(r'Python :: (3\.\d+)', CONFIG['DEFAULT']['classifiers'])
 LISTS = {p.stem: re.search(r'^# Python (3\.\d+)$', p.read_text(encoding='utf-8'), flags=re.M)[1] for p in sorted(VERSIONS.glob('*.txt'))}
 MATRIX = [(LISTS['oldest'], 'oldest'), *((p, name) for name, p in LISTS.items() if name != 'oldest'), *((p, 'newest') for p in PYTHONS)]
-MIDDLE = {(p, 'newest') for p in PYTHONS[1:-1]}  # which have a list of their own, so that a part of the tests will do
+SHORT = {(p, 'newest') for p in PYTHONS[:-1]}  # which have a list of their own, so that a part of the tests will do
 QUICK = 'not long and not distributed and not browser and not cuda'
 OTHERS = [f'--ignore=tests/{folder}' for folder in ('gpu', 'house', 'soak', 'sweep', 'versions')]
 PART = [
@@ -79,7 +79,7 @@ def write(row):
 @nox.session
 @nox.parametrize('python,versions', MATRIX, ids=['-'.join(cell) for cell in MATRIX])
 def quick(session, versions):
-    part = (session.python, versions) in MIDDLE
+    part = (session.python, versions) in SHORT
     try:
         install(session, versions)
         report = Path(session.create_tmp()).resolve() / 'report.xml'

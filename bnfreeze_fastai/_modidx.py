@@ -1200,8 +1200,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'bnfreeze_fastai/health/figures.py'),
                                                 'bnfreeze_fastai.health.figures._found': ( 'health/figures.html#_found',
                                                                                            'bnfreeze_fastai/health/figures.py'),
-                                                'bnfreeze_fastai.health.figures._modes': ( 'health/figures.html#_modes',
-                                                                                           'bnfreeze_fastai/health/figures.py'),
                                                 'bnfreeze_fastai.health.figures._of_modes': ( 'health/figures.html#_of_modes',
                                                                                               'bnfreeze_fastai/health/figures.py'),
                                                 'bnfreeze_fastai.health.figures._of_order': ( 'health/figures.html#_of_order',

@@ -25,7 +25,7 @@ from ..utils.in_fit import batches_of
 from .causes import Figures
 from .losses import Condition, Losses, losses_under
 from .samples import has_batches, is_cut, shuffled
-from .setup import held_without_policy
+from .setup import held_without_policy, with_optimizer
 from ..layers import MODES, keeps_stats, norm_layers, updates_stats
 from ..stats.measure import measurable, measure
 from ..stats.moments import Moments
@@ -51,20 +51,12 @@ def _of_order(learn:Learner, n:int|None) -> list[str]:
             "all."]
 
 # %% ../../nbs/health/10_figures.ipynb #338959a3
-def _modes(learn:Learner) -> dict[str, str]: # Name of each norm layer to its mode
-    "The modes in force; a policy knows them by the parameter groups of an optimizer, which is made for the moment if there is none"
-    for_now = learn.opt is None and active_callback(learn) is not None
-    try:
-        if for_now: learn.create_opt()
-        return modes_in_force(learn)
-    finally:
-        if for_now: learn.opt = None
-
 def moving_layers(
     learn:Learner,
 ) -> tuple[dict[str, nn.Module], list[str]]: # Name to layer, and the names of those with fixed statistics
     "Layers that normalise with the batch in training, and layers with running statistics that do not"
-    layers,modes,policy = norm_layers(learn.model),_modes(learn),active_callback(learn)
+    layers,policy = norm_layers(learn.model),active_callback(learn)
+    with nullcontext() if policy is None else with_optimizer(learn): modes = modes_in_force(learn) # a policy knows layers by its groups
     held = lambda n,l: not MODES[modes[n]].updates_stats or policy is None and held_without_policy(learn, l)
     moving = {n: l for n,l in layers.items() if updates_stats(l) and not held(n, l)}
     return measurable(moving),[n for n,l in layers.items() if keeps_stats(l) and n not in moving]
