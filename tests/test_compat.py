@@ -22,7 +22,7 @@ def rounding(cls):
         def forward(self, x):
             out = super().forward(x)
             if not self.training:
-                self.running_mean.add_(1e-6)
+                self.running_mean.mul_(1 + 1e-6)
                 self.running_var.mul_(1 + 1e-6)
             return out
 

@@ -159,8 +159,10 @@ class ScaledConvolution(torch.autograd.Function):
         scale = inv_std if gamma is None else gamma*inv_std
         of_kernel,unread = kernel_scale(scale, ctx.op, w_shape),lambda shape: dy.new_empty(1).expand(shape)
         kernel = (weight*of_kernel).to(dy.dtype) if for_x else unread(w_shape)
+        for_shift,half = for_bias or for_gamma or for_beta,dy.dtype in (torch.float16, torch.bfloat16)
         dx,dkernel,dshift = ctx.op.gradients(dy, unread(x_shape) if x is None else x, kernel,
-                                             [for_x, for_weight or for_gamma, for_bias or for_gamma or for_beta])
+                                             [for_x, for_weight or for_gamma, for_shift and not half])
+        if for_shift and half: dshift = dy.sum((0, *range(2, dy.dim())), dtype=torch.float32) # not rounded to half precision
         dweight = dbias = dgamma = None
         if for_gamma: dgamma = inv_std*(channel_sums(dkernel*weight, ctx.op) + dshift*(-mean if bias is None else bias - mean))
         if for_weight: dweight = _scaled(dkernel, of_kernel)

@@ -74,10 +74,14 @@ class Fusion(Temporary):
 
     def __call__(self, model:nn.Module, args:tuple[Any, ...], output:Any) -> Any: # after a forward pass, as a hook of the model
         self.ran = True
-        for site in self.sites.values():
-            for out in list(site.uses.outputs.values()): out.value()
+        self.compute()
         if any(isinstance(t, Deferred) for t in tree_iter(output)):
             return tree_map(lambda t: t.computed() if isinstance(t, Deferred) else t, output)
+
+    def compute(self) -> None:
+        "Compute the outputs that somebody has stored"
+        for site in self.sites.values():
+            for out in list(site.uses.outputs.values()): out.value()
 
     @property
     def pairs(self) -> pd.DataFrame: # `convolution` and `batch_norm`, dotted names
@@ -107,6 +111,7 @@ def fused_bn(
         stack.callback(model.register_forward_hook(fusion).remove)
         for site in fusion.sites.values(): stack.enter_context(standing_in(site.conv, {'forward': site, **clean_copies(site.conv)}))
         yield fusion
+        fusion.compute()
 
 # %% ../../nbs/fusion/02_fuse.ipynb #22c57df5
 def kept_bytes(

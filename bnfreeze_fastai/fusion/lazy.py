@@ -10,6 +10,7 @@ __all__ = ['Uses', 'DeferredCall', 'Deferred', 'defer']
 
 # %% ../../nbs/fusion/01_lazy.ipynb #4ff3c5e6
 from collections.abc import Mapping
+from itertools import compress
 from weakref import WeakValueDictionary
 
 import torch, torch.nn.functional as F
@@ -40,12 +41,13 @@ class DeferredCall:
     "A convolution that was called"
     def __init__(self, op:Operation, shape:tuple, x:Tensor, weight:Tensor, bias:Tensor|None, uses:Uses):
         self.op,self.shape,self.x,self.weight,self.bias,self.uses = op,shape,x,weight,bias,uses # shape of the output
-        self._versions = {'input': self.x._version, 'weight': weight._version}
+        self._given = {name: (t, t._version) for name,t in (('input', x), ('weight', weight), ('bias', bias)) if t is not None}
 
-    def check(self, needs_input:bool=True, needs_weight:bool=True) -> None:
-        "Raise `RuntimeError` if the input or the weight, as needed, is no longer what it was"
-        for name,t,needed in (('input', self.x, needs_input), ('weight', self.weight, needs_weight)):
-            if needed and t._version != self._versions[name]: raise RuntimeError(
+    def check(self, *, gradients_of:list[bool]|None=None) -> None: # Those of input and weight, which need the other; all if not given
+        "Raise `RuntimeError` if what is needed of input, weight and bias is no longer what it was"
+        needed = {'input', 'weight', 'bias'} if gradients_of is None else {*compress(('weight', 'input'), gradients_of)}
+        for name,(t,version) in self._given.items():
+            if name in needed and t._version != version: raise RuntimeError(
                 f"The {name} of a convolution was changed in place before its output was used, which a convolution that may be fused with "
                 "batch norm does not allow: change it out of place, or train without fusion.")
 
@@ -58,7 +60,7 @@ class DeferredCall:
 
     def gradients(self, dy:Tensor, needed:list[bool]) -> list[Tensor|None]: # Of input, weight and bias
         self.uses.backward()
-        self.check(needs_input=needed[1], needs_weight=needed[0])
+        self.check(gradients_of=needed)
         return self.op.gradients(dy, self.x, self._kernel(), needed)
 
     def normalised(self, mean:Tensor, var:Tensor, gamma:Tensor|None, beta:Tensor|None, eps:float) -> Tensor:

@@ -35,12 +35,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .calls import Call, watch
-from ..holds import Temporary, hold_of
+from ..holds import Temporary, clean_copies, hold_of
 from ..layers import is_frozen_norm, keeps_stats
-from .cut import Cut
-from .part import WatchFrozen, frozen_part
+from .part import FrozenPart, WatchFrozen, frozen_part
 from ..utils.devices import has_float64
-from ..utils.restore import copied_buffers, evaluating, kept_rng
+from ..utils.restore import copied_buffers, evaluating, kept_rng, standing_in
 from .resume import Features, relative_error
 
 # %% ../../nbs/head/11_fold.ipynb #0742fe8f
@@ -114,18 +113,31 @@ def folded(
     return copy
 
 # %% ../../nbs/head/11_fold.ipynb #feb4e33a
-@contextmanager
-def _running(copy:nn.Sequential, cut:Cut) -> Iterator[None]:
-    "Let `copy` run in place of what comes before `cut`, in a model that takes features"
-    def run(module, args):
+class _Folded(Temporary):
+    "The hook before a module that a cut goes through: the copy of the part before the cut gives features in place of the input"
+    def __init__(self, copy:nn.Sequential, part:FrozenPart):
+        self.copy,self.part,self.tensors = copy,part,[t for t in part.tensors if not t.is_inference()]
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]: return [t._version for t in self.tensors]
+
+    def __call__(self, module:nn.Module, args:tuple) -> Tensor|None:
         x, = args
-        if isinstance(x, Features) or x.requires_grad: return
-        with torch.no_grad(): features = copy(_channels_last(x.as_subclass(Tensor)))
+        if isinstance(x, Features) or x.requires_grad: return None
+        if (now := self._versions()) != self.versions: # as by `learn.load`
+            self.part.check()
+            self.versions = now
+        with torch.no_grad(): features = self.copy(_channels_last(x.as_subclass(Tensor)))
         return features.contiguous().as_subclass(Features)
-    outermost = next(iter(cut.after))
-    hook = outermost.register_forward_pre_hook(run)
-    try: yield
-    finally: hook.remove()
+
+@contextmanager
+def _running(copy:nn.Sequential, part:FrozenPart) -> Iterator[None]:
+    "Let `copy` run in place of what comes before the cut, in a model that takes features; copies of the model run all of it themselves"
+    outermost = next(iter(part.cut.after))
+    hook = outermost.register_forward_pre_hook(_Folded(copy, part))
+    with standing_in(outermost, clean_copies(outermost)):
+        try: yield
+        finally: hook.remove()
 
 def _channels_last(x:Tensor) -> Tensor: return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
@@ -133,7 +145,9 @@ def _channels_last(x:Tensor) -> Tensor: return x.contiguous(memory_format=torch.
 def _one_batch(learn:Learner):
     "A batch of the training data; uses up no random number"
     dl = learn.dls.train
-    with kept_rng(dl): return dl.one_batch() if isinstance(dl, DataLoader) else next(iter(dl))
+    with kept_rng(dl): batch = dl.one_batch() if isinstance(dl, DataLoader) else next(iter(dl), None)
+    if batch is not None: return batch
+    raise ValueError("There are no training batches: the loader yields nothing. Look at its dataset, its batch size and `drop_last`.")
 
 _ROUNDED = 2e-2 # what convolutions of a GPU may do to single precision (TF32), the same kernel not always
 
@@ -160,4 +174,4 @@ def fold_frozen(
         x = part.find([_one_batch(learn)])[:2]
         copy = folded(part.cut.before, x)
         _check_folded(copy, part.cut.before, x)
-        with part.used_by(WatchFrozen(part)), _running(copy, part.cut): yield learn
+        with part.used_by(WatchFrozen(part)), _running(copy, part): yield learn

@@ -26,7 +26,9 @@ from ..layers import MODES, affine_params, keeps_stats, named_modules, norm_laye
 from .cut import cut_of, holds_any
 from ..utils.in_fit import as_in_fit
 from ..utils.tensors import fingerprints
+from ..freeze.callback import active_callback
 from ..freeze.groups import Groups
+from ..freeze.guard import drop_grads
 from ..utils.ranks import callback_named, on_all_ranks, on_ranks_of
 from ..utils.restore import standing_in
 from .resume import check_cut, is_resumable, resumable
@@ -116,10 +118,11 @@ class FrozenPart:
         call = watch(model, self.tried)
         self.cut = cut_of(call, *self.divided)
         check_cut(model, self.cut, self.tried, call)
-        self.prints = self._prints()
+        self.prints = fingerprints(self.tensors)
         return self.prints
 
-    def _prints(self) -> list[bytes]: return fingerprints(t for m in self.cut.before for t in (*m.parameters(), *m.buffers()))
+    @property
+    def tensors(self) -> list[Tensor]: return [t for m in self.cut.before for t in (*m.parameters(), *m.buffers())]
 
     def features(self,
         batch, # From a loader of the Learner
@@ -134,12 +137,12 @@ class FrozenPart:
         "Raise `RuntimeError` if the frozen part is no longer what it was when it was found"
         trains = any(p.requires_grad for m in self.cut.before for p in m.parameters())
         if not trains and is_resumable(self.learn.model) and not (tensors and self._differs()): return
-        raise RuntimeError("The frozen part is no longer what it was on entering: it was thawed, or other weights were loaded. "
-                           f"Leave the `with learn.{self.inside}()` block and enter it again.")
+        raise RuntimeError("The frozen part is no longer what it was on entering: it was thawed, other weights were loaded, or something "
+                           f"writes to it. Leave the `with learn.{self.inside}()` block and enter it again.")
 
     def _differs(self) -> bool:
         _,trained = frozen_and_trained(self.learn)
-        return any(holds_any(m, trained) for m in self.cut.before) or self.prints != self._prints()
+        return any(holds_any(m, trained) for m in self.cut.before) or self.prints != fingerprints(self.tensors)
 
     @contextmanager
     def used_by(self,
@@ -161,10 +164,14 @@ class WatchFrozen(Callback):
         part:FrozenPart, # With a cut
     ): self.part,self.checked = part,False
 
-    def before_fit(self) -> None: self.checked = False
+    def before_fit(self) -> None:
+        "Leave no gradient from before on what is frozen, by which fastai's optimizers would go on stepping it"
+        self.checked = False
+        drop_grads(p for m in self.part.cut.before for p in m.parameters())
 
     def before_train(self) -> None:
-        on_ranks_of(partial(self.part.check, tensors=not self.checked), self.learn.model)
+        verifies = getattr(active_callback(self.learn), 'verify', False)
+        on_ranks_of(partial(self.part.check, tensors=not (self.checked and verifies)), self.learn.model)
         self.checked = True
 
     def before_validate(self) -> None: self.before_train()

@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ['FeatureBatches', 'refuse_callbacks', 'ServeFeatures', 'serving']
 
 # %% ../../nbs/head/09_serve.ipynb #4d0ff02d
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -79,11 +80,12 @@ class ServeFeatures(WatchFrozen):
         stores:list[tuple[Samples, Store]], # Of each loader, with all its features
     ):
         super().__init__(part)
-        self.stores,self.served,self.marked = stores,None,None
+        self.stores,self.served,self.marked,self.read,self.told = stores,None,None,[],False
 
     def before_fit(self) -> None:
         super().before_fit()
         if self.learn.lock.locked(): return # a validation, for which fastai calls `before_fit` too
+        self.told = False
         refuse_setting(self.learn)
         refuse_callbacks(self.learn)
 
@@ -100,9 +102,20 @@ class ServeFeatures(WatchFrozen):
         self.learn.dl = FeatureBatches(self.learn.dl, store, getattr(self.learn, 'epoch', 0) % store.n_passes, self._serve)
 
     def _serve(self, batch:tuple) -> tuple:
+        self._tell_read()
         features,*targets = to_device(batch, self.part.device) # here, so that the fit's own move leaves the tensor what it is
         self.served,self.read,self.targets = (features, features._version),[],_writes(targets)
         return noted(features, self.read),*targets
+
+    def after_train(self) -> None: self._tell_read()
+    def after_validate(self) -> None: self._tell_read()
+
+    def _tell_read(self):
+        "Warn once in a fit if the last batch was read, which may have decided anything, such as to leave it out"
+        if not self.read or self.told: return
+        self.told = True
+        warnings.warn(f"A callback reads the input of the model: look at {self._able()}. What it finds are stored features, not samples; if "
+                      "it acts on them, train without `precompute`.")
 
     def before_batch(self) -> None:
         "Mark the features, unless this is a batch of samples"

@@ -497,6 +497,16 @@ def test_mixed_precision(channels_last):
     assert furthest(fused, exact) < 2 * furthest(plain, exact) < 0.1
 
 
+def test_the_gradient_of_beta_is_summed_in_single_precision():
+    x = torch.randn(8, 3, 16, 16)
+    model = prepare(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)), x)
+    with fused_bn(model) as fusion, torch.autocast('cpu', dtype=torch.bfloat16):
+        out = model(x)
+        out.backward(dy := torch.randn_like(out) + 0.3)
+    assert len(fusion.pairs) == 1 and out.dtype == torch.bfloat16
+    torch.testing.assert_close(model[1].bias.grad, dy.double().sum((0, 2, 3)).float(), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     torch.manual_seed(0)
@@ -809,6 +819,29 @@ def test_the_gradient_of_an_output_that_is_fused_already():
         model(x)
         with pytest.raises(RuntimeError, match='fused with batch norm, so autograd knows nothing'):
             outputs[0].register_hook(print)
+
+
+def test_an_output_of_a_part_is_computed_before_the_block_ends():
+    x = torch.randn(4, 3, 8, 8)
+    model = prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), x)
+    plain = model[0](x)
+    with fused_bn(model):
+        stored = model[0](x)
+    model[0].weight.data.zero_()
+    assert torch.equal(stored, plain)
+
+
+def test_a_bias_changed_too_early_is_an_error():
+    x = torch.randn(2, 3, 5, 5)
+    model = prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), x)
+    with fused_bn(model):
+        y = model[0](x)
+        with torch.no_grad():
+            model[0].bias.add_(1)
+        for use in (model[1], torch.relu):
+            with pytest.raises(RuntimeError, match='bias of a convolution was changed in place'):
+                use(y)
+        del y
 
 
 def test_an_input_changed_too_early_is_an_error():

@@ -2,11 +2,14 @@
 
 import numpy as np, pytest, torch
 from fastai.callback.mixup import MixUp
+from fastai.data.core import DataLoaders
 from fastai.torch_basics import Transform
 from learners import same
 from heads import small, train
+from test_holds import COPIES
 from test_precompute import ARCHS, conv, fingerprint_of, FunctionalDropout, generators, jitter, unet, with_model
 from torch import nn
+from torch.utils.data import DataLoader as TorchDataLoader
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -266,3 +269,43 @@ def test_what_would_change_the_frozen_part():
         for use in (lambda: learn.fit(1), learn.validate, learn.get_preds):
             with pytest.raises(RuntimeError, match='enter it again'):
                 use()
+
+
+@pytest.mark.parametrize('how', COPIES)
+def test_a_copy_of_the_model_made_inside_runs_its_own_weights(how):
+    learn = small()
+    x, _ = learn.dls.valid.one_batch()
+    with learn.fold_frozen():
+        copied = COPIES[how](learn.model)
+        assert not any(m._forward_pre_hooks for m in copied.modules()) and learn.model._forward_pre_hooks
+    for model in (learn.model.eval(), copied.eval()):
+        model[0][0].weight.data.mul_(-1)
+    assert torch.equal(copied(x), learn.model(x))
+    copied(x).sum().backward()
+    assert copied[0][0].weight.grad is None or not copied[0][0].weight.requires_grad
+    copied.requires_grad_(True)(x).sum().backward()
+    assert copied[0][0].weight.grad.any()
+
+
+def test_weights_loaded_inside_are_compared_before_the_copy_runs(tmp_path):
+    learn = small()
+    learn.path = tmp_path
+    x, _ = learn.dls.valid.one_batch()
+    for name, factor in (('other', -1), ('same', -1)):
+        learn.model[0][0].weight.data.mul_(factor)
+        learn.save(name)
+    with learn.fold_frozen():
+        learn.load('same')
+        learn.model(x)
+        learn.load('other')
+        with pytest.raises(RuntimeError, match='other weights were loaded'):
+            learn.model(x)
+
+
+def test_a_loader_without_batches_is_refused():
+    learn = small()
+    dataset = learn.dls.train_ds
+    empty = TorchDataLoader(dataset, batch_size=len(dataset) + 1, drop_last=True)
+    learn.dls = DataLoaders(empty, empty)
+    with pytest.raises(ValueError, match='no training batches.*drop_last'):
+        learn.fold_frozen().__enter__()

@@ -3,11 +3,14 @@
 from copy import deepcopy
 
 import pytest, torch
-from learners import body_and_head, make_learner
+from fastai.callback.core import Callback
+from fastai.torch_core import params
+from learners import bits, body_and_head, make_learner, same
 from heads import dropout_head
 from test_precompute import conv, FunctionalDropout, two_input_learner
 from torch import nn
 
+from bnfreeze_fastai.freeze.callback import active_callback
 from bnfreeze_fastai.head.part import frozen_part, WatchFrozen
 from bnfreeze_fastai.layers import bn_layers
 from bnfreeze_fastai.utils.restore import evaluating
@@ -133,3 +136,46 @@ def test_a_copy_made_inside_has_a_part_of_its_own(way):
         with pytest.raises(RuntimeError):
             watch.part.check()
         next(cb for cb in learn.cbs if isinstance(cb, WatchFrozen)).part.check()
+
+
+WAYS = pytest.mark.parametrize('way', ['precompute', 'fold_frozen'])
+
+
+def without_callback():
+    "A body without batch norm, frozen by fastai alone after it has trained"
+    model = nn.Sequential(nn.Sequential(conv(3), nn.ReLU()), dropout_head())
+    learn = make_learner(model=model, splitter=lambda m: [params(m[0]), params(m[1])], wd=0.1)
+    learn.fit(1, 0.1)
+    learn.freeze()
+    return learn
+
+
+@WAYS
+def test_gradients_from_before_the_freeze_move_nothing(way):
+    learn = without_callback()
+    before = bits(learn.model[0].parameters())
+    with getattr(learn, way)():
+        learn.fit(2, 0.1)
+        recorded = learn.recorder.values[-1][1]
+    assert same(before, learn.model[0].parameters())
+    assert learn.validate()[0] == pytest.approx(recorded, rel=1e-4)
+
+
+class Writes(Callback):
+    def after_batch(self):
+        if self.training:
+            self.model[0][0].weight.data.mul_(1.1)
+
+
+def unverified():
+    learn = learner()
+    active_callback(learn).verify = False
+    return learn
+
+
+@WAYS
+@pytest.mark.parametrize('make', [without_callback, unverified])
+def test_who_writes_within_a_fit_is_seen_if_no_callback_looks(way, make):
+    learn = make()
+    with getattr(learn, way)(), pytest.raises(RuntimeError, match='something writes to it'):
+        learn.fit(2, cbs=Writes())

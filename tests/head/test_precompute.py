@@ -1,6 +1,6 @@
 "Training on stored features is what training without them is, and leaves nothing behind"
 
-import gc, os, random, signal, subprocess, sys
+import gc, os, random, signal, subprocess, sys, warnings
 from collections import Counter
 from copy import deepcopy
 from functools import partial
@@ -9,7 +9,14 @@ from pathlib import Path
 import fastai.callback.schedule
 import numpy as np, pytest, torch
 from conftest import on_linux, ROOT
-from fastai.callback.core import Callback, CancelFitException, CancelTrainException, FetchPredsCallback, GatherPredsCallback
+from fastai.callback.core import (
+    Callback,
+    CancelBatchException,
+    CancelFitException,
+    CancelTrainException,
+    FetchPredsCallback,
+    GatherPredsCallback,
+)
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
@@ -861,6 +868,22 @@ def test_targets_made_from_inputs(event, order):
             learn.fit(1, cbs=cb)
         learn.fit(1, cbs=targets_changed(event, lambda cb: cb.x.mean(), order))  # to look is no change
         learn.fit(1)
+
+
+@pytest.mark.parametrize('acts', [True, False])
+def test_who_leaves_out_batches_by_their_input_is_told_of_it(acts):
+    class Skips(Callback):
+        def before_batch(self):
+            if self.training and (not acts or self.x.mean() > -1e9):
+                raise CancelBatchException
+
+    learn = small()
+    with learn.precompute(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        for _ in range(2):
+            learn.fit(2, cbs=Skips())
+    told = [str(w.message) for w in caught if 'reads the input of the model' in str(w.message)]
+    assert len(told) == 2 * acts and all('skips' in text for text in told)
 
 
 def test_transforms_changed_amid_an_epoch():
