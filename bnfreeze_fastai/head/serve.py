@@ -114,8 +114,8 @@ class ServeFeatures(WatchFrozen):
         "Warn once in a fit if the last batch was read, which may have decided anything, such as to leave it out"
         if not self.read or self.told: return
         self.told = True
-        warnings.warn(f"A callback reads the input of the model: look at {self._able()}. What it finds are stored features, not samples; if "
-                      "it acts on them, train without `precompute`.")
+        warnings.warn(f"A callback reads the input of the model: look at {self._able()}. What it finds are stored features, not samples: "
+                      "if it acts on them, train without `precompute`.")
 
     def before_batch(self) -> None:
         "Mark the features, unless this is a batch of samples"
