@@ -122,8 +122,8 @@ class _Folded(Temporary):
     def _versions(self) -> list[int]: return [t._version for t in self.tensors]
 
     def __call__(self, module:nn.Module, args:tuple) -> Tensor|None:
-        x, = args
-        if isinstance(x, Features) or x.requires_grad: return None
+        x = args[0] if len(args) == 1 else None # given by name, it runs through the part itself
+        if not isinstance(x, Tensor) or isinstance(x, Features) or x.requires_grad: return None
         if (now := self._versions()) != self.versions: # as by `learn.load`
             self.part.check()
             self.versions = now

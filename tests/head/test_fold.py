@@ -309,3 +309,12 @@ def test_a_loader_without_batches_is_refused():
     learn.dls = DataLoaders(empty, empty)
     with pytest.raises(ValueError, match='no training batches.*drop_last'):
         learn.fold_frozen().__enter__()
+
+
+def test_an_input_given_by_name_runs_through_the_frozen_part_itself():
+    learn = small()
+    x, _ = learn.dls.valid.one_batch()
+    learn.model.eval()
+    with learn.fold_frozen():
+        by_name = learn.model(input=x)
+    assert torch.equal(by_name, learn.model(x))
