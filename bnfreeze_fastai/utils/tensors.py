@@ -10,6 +10,7 @@ __all__ = ['plain_parts', 'fingerprint', 'fingerprints', 'all_finite', 'copies',
 
 # %% ../../nbs/utils/00_tensors.ipynb #4c3a0b37
 from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def all_finite(
     for t in tensors:
         if t.is_floating_point(): by_kind.setdefault((t.device, t.dtype), []).append(t.detach().flatten()) # whole numbers are finite
     joined = map(torch.cat, by_kind.values())
-    return all(t.sum().isfinite() or t.isfinite().all() for t in joined) # a sum may overflow, but never hides NaN or infinity
+    return all(isfinite(t.sum().item()) or t.isfinite().all() for t in joined) # a sum may overflow, but never hides NaN or infinity
 
 # %% ../../nbs/utils/00_tensors.ipynb #9302ecd9
 def copies(
