@@ -85,7 +85,7 @@ class ServeFeatures(WatchFrozen):
     def before_fit(self) -> None:
         super().before_fit()
         if self.learn.lock.locked(): return # a validation, for which fastai calls `before_fit` too
-        self.told = False
+        self.told,self.read = False,[]
         refuse_setting(self.learn)
         refuse_callbacks(self.learn)
 

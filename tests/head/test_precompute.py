@@ -886,6 +886,16 @@ def test_who_leaves_out_batches_by_their_input_is_told_of_it(acts):
     assert len(told) == 2 * acts and all('skips' in text for text in told)
 
 
+def test_a_fit_is_not_told_of_what_was_read_before_it():
+    learn = small()
+    with learn.precompute():
+        with pytest.raises(ZeroDivisionError):
+            learn.fit(1, cbs=Callback(before_batch=lambda cb: 1 / (0 * cb.x.mean().item())))
+        with warnings.catch_warnings():
+            warnings.filterwarnings('error', message='A callback reads')
+            learn.fit(1)
+
+
 def test_transforms_changed_amid_an_epoch():
     learn = small()
     with learn.precompute(), pytest.raises(RuntimeError, match='amid an epoch.*before_epoch'):
