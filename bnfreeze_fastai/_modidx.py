@@ -1916,6 +1916,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'bnfreeze_fastai/utils/batches.py'),
                                                'bnfreeze_fastai.utils.batches.model_inputs': ( 'utils/batches.html#model_inputs',
                                                                                                'bnfreeze_fastai/utils/batches.py'),
+                                               'bnfreeze_fastai.utils.batches.no_batches': ( 'utils/batches.html#no_batches',
+                                                                                             'bnfreeze_fastai/utils/batches.py'),
                                                'bnfreeze_fastai.utils.batches.tensors_in': ( 'utils/batches.html#tensors_in',
                                                                                              'bnfreeze_fastai/utils/batches.py'),
                                                'bnfreeze_fastai.utils.batches.with_progress': ( 'utils/batches.html#with_progress',

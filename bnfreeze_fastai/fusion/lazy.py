@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ['Uses', 'DeferredCall', 'Deferred', 'defer']
 
 # %% ../../nbs/fusion/01_lazy.ipynb #4ff3c5e6
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import compress
 from weakref import WeakValueDictionary
 
@@ -41,13 +41,13 @@ class DeferredCall:
     "A convolution that was called"
     def __init__(self, op:Operation, shape:tuple, x:Tensor, weight:Tensor, bias:Tensor|None, uses:Uses):
         self.op,self.shape,self.x,self.weight,self.bias,self.uses = op,shape,x,weight,bias,uses # shape of the output
-        self._given = {name: (t, t._version) for name,t in (('input', x), ('weight', weight), ('bias', bias)) if t is not None}
+        self._given = {k: (t, None if t is None else t._version) for k,t in (('input', x), ('weight', weight), ('bias', bias))}
 
-    def check(self, *, gradients_of:list[bool]|None=None) -> None: # Those of input and weight, which need the other; all if not given
-        "Raise `RuntimeError` if what is needed of input, weight and bias is no longer what it was"
-        needed = {'input', 'weight', 'bias'} if gradients_of is None else {*compress(('weight', 'input'), gradients_of)}
-        for name,(t,version) in self._given.items():
-            if name in needed and t._version != version: raise RuntimeError(
+    def check(self, names:Iterable[str]=('input', 'weight', 'bias')) -> None:
+        "Raise `RuntimeError` if one of these is no longer what it was"
+        for name in names:
+            t,version = self._given[name]
+            if t is not None and t._version != version: raise RuntimeError(
                 f"The {name} of a convolution was changed in place before its output was used, which a convolution that may be fused with "
                 "batch norm does not allow: change it out of place, or train without fusion.")
 
@@ -60,7 +60,7 @@ class DeferredCall:
 
     def gradients(self, dy:Tensor, needed:list[bool]) -> list[Tensor|None]: # Of input, weight and bias
         self.uses.backward()
-        self.check(gradients_of=needed)
+        self.check(compress(('weight', 'input'), needed)) # the gradient of one needs the other
         return self.op.gradients(dy, self.x, self._kernel(), needed)
 
     def normalised(self, mean:Tensor, var:Tensor, gamma:Tensor|None, beta:Tensor|None, eps:float) -> Tensor:

@@ -38,6 +38,7 @@ from .calls import Call, watch
 from ..holds import Temporary, clean_copies, hold_of
 from ..layers import is_frozen_norm, keeps_stats
 from .part import FrozenPart, WatchFrozen, frozen_part
+from ..utils.batches import no_batches
 from ..utils.devices import has_float64
 from ..utils.restore import copied_buffers, evaluating, kept_rng, standing_in
 from .resume import Features, relative_error
@@ -147,7 +148,7 @@ def _one_batch(learn:Learner):
     dl = learn.dls.train
     with kept_rng(dl): batch = dl.one_batch() if isinstance(dl, DataLoader) else next(iter(dl), None)
     if batch is not None: return batch
-    raise ValueError("There are no training batches: the loader yields nothing. Look at its dataset, its batch size and `drop_last`.")
+    raise no_batches('training ')
 
 _ROUNDED = 2e-2 # what convolutions of a GPU may do to single precision (TF32), the same kernel not always
 

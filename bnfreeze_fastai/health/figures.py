@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..freeze.callback import active_callback
 from ..freeze.in_force import modes_in_force
+from ..utils.batches import no_batches
 from ..utils.in_fit import batches_of
 from .causes import Figures
 from .losses import Condition, Losses, losses_under
@@ -138,7 +139,7 @@ def _of_train(learn:Learner, how, layers:Mapping[str, nn.Module], moments:Mappin
     by_batch = dict(batch=lambda: ByBatch({l.running_mean: n for n,l in layers.items()})) if moments else {}
     found = losses_under(learn, conditions=dict(stored=nullcontext) | by_batch | _conditions(layers, by_depth), **how) if how else {}
     if found: return found
-    raise ValueError("There are no training batches: the loader yields nothing. Look at its dataset, its batch size and `drop_last`.")
+    raise no_batches('training ')
 
 def _of_valid(learn:Learner, how, layers:Mapping[str, nn.Module], moments:Mapping[str, Moments]) -> tuple[dict, dict, list[str]]:
     "Losses by statistics, moments, and notes"

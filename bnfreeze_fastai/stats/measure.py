@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..utils.batches import wrong
+from ..utils.batches import no_batches, wrong
 from ..layers import check_glob, keeps_stats, norm_layers, stats_buffers
 from .distances import snapshot
 from .in_step import observe_in_step
@@ -106,7 +106,7 @@ def measure(
     watch = observer(by_buffer)
     look = partial(observe_in_step, max_mem=max_mem) if isinstance(watch, OneByOne) else observe
     with _calls_noted(chosen) as called: found,count = look(model, batches, watch, n_batches, n_inp, progress)
-    if not count: raise ValueError("There are no batches: the loader yields nothing. Look at its dataset, its batch size and `drop_last`.")
+    if not count: raise no_batches()
     found = {n: found[by_buffer[l.running_mean]] for n,l in chosen.items() if by_buffer[l.running_mean] in found}
     used,empty = (set().union(*per_rank) for per_rank in zip(*gathered((called | watch.elsewhere, watch.empty), model)))
     why = _why_unmeasured(chosen.keys() - found.keys(), used, empty)

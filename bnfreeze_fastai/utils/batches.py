@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['wrong', 'check_batches', 'check_passes', 'model_inputs', 'tensors_in', 'check_device', 'memory_for', 'with_progress']
+__all__ = ['wrong', 'no_batches', 'check_batches', 'check_passes', 'model_inputs', 'tensors_in', 'check_device', 'memory_for',
+           'with_progress']
 
 # %% ../../nbs/utils/04_batches.ipynb #aa1afc49
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -31,6 +32,12 @@ def wrong(
     "The error for an argument of the wrong kind"
     given = f'{value!r:.60}' if isinstance(value, (str, bytes, bool, Number, type(None), list, tuple)) else f'a {type(value).__name__}'
     return ValueError(f"`{name}` has to be {wanted}, not {given}{fix and ': ' + fix}.")
+
+def no_batches(
+    kind:str='', # Such as `'training '`
+) -> ValueError:
+    "The error for a loader without any"
+    return ValueError(f"There are no {kind}batches: the loader yields nothing. Look at its dataset, its batch size and `drop_last`.")
 
 # %% ../../nbs/utils/04_batches.ipynb #76301800
 def check_batches(

@@ -124,7 +124,10 @@ def test_methods_raise_inside_and_are_back_afterwards():
     learn.unfreeze()
 
 
-@pytest.mark.parametrize('way', ['precompute', 'fold_frozen'])
+WAYS = pytest.mark.parametrize('way', ['precompute', 'fold_frozen'])
+
+
+@WAYS
 def test_a_copy_made_inside_has_a_part_of_its_own(way):
     learn = learner()
     with getattr(learn, way)():
@@ -136,9 +139,6 @@ def test_a_copy_made_inside_has_a_part_of_its_own(way):
         with pytest.raises(RuntimeError):
             watch.part.check()
         next(cb for cb in learn.cbs if isinstance(cb, WatchFrozen)).part.check()
-
-
-WAYS = pytest.mark.parametrize('way', ['precompute', 'fold_frozen'])
 
 
 def without_callback():
