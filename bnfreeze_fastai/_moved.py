@@ -30,7 +30,7 @@ MODULES = { # of 0.1, to those that have their names now
     'guard': 'freeze.guard',
     'images': 'vision',
     'in_step': 'stats.in_step stats.look',
-    'loaders': 'head.loaders head.source utils.in_fit',
+    'loaders': 'utils.loaders head.source utils.in_fit',
     'moments': 'stats.moments',
     'observe': 'stats.observe stats.one_by_one utils.batches',
     'point': 'freeze.point freeze.groups',

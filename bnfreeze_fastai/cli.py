@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
-from numbers import Integral
 from pathlib import Path
 
 from fastcore.script import anno_parser
@@ -28,7 +27,8 @@ from .compat import parsed
 
 # %% ../nbs/08_cli.ipynb #9f7da49e
 def _check_range(name:str, value:int, least:int, most:int|None=None):
-    if not isinstance(value, Integral) or isinstance(value, bool): raise ValueError(f"--{name} {value!r}: give a whole number")
+    from bnfreeze_fastai.utils.batches import is_int
+    if not is_int(value): raise ValueError(f"--{name} {value!r}: give a whole number")
     if value >= least and (most is None or value <= most): return
     raise ValueError(f"--{name} {value}: give a number from {least} " + ('up' if most is None else f'to {most}'))
 

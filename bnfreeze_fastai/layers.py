@@ -12,7 +12,8 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['MODES', 'BN_TYPES', 'NORM_TYPES', 'Mode', 'mode_name', 'check_mode', 'is_frozen_norm', 'keeps_stats', 'updates_stats',
            'affine_params', 'stats_buffers', 'never_trained', 'named_modules', 'what_it_is', 'named_tensors',
-           'norms_among', 'norm_layers', 'norm_params', 'bn_layers', 'check_glob', 'is_compiled', 'refuse_compiled']
+           'norms_among', 'norm_layers', 'norm_params', 'bn_layers', 'check_glob', 'is_compiled', 'refuse_compiled',
+           'is_spread']
 
 # %% ../nbs/00_layers.ipynb #f189a3ad
 from collections.abc import Iterable, Mapping
@@ -184,3 +185,9 @@ def refuse_compiled(
 ) -> None:
     "Raise `ValueError` if `model` was compiled"
     if is_compiled(model): raise ValueError(f"The model was compiled (`torch.compile`), {why}")
+
+def is_spread(
+    model:nn.Module,
+) -> bool:
+    "Whether `DataParallel` copies `model` or a part of it to several devices in each step"
+    return any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in model.modules())

@@ -33,7 +33,7 @@ from .freeze.fuse import BatchNormFuse
 from .freeze.groups import Groups, pretrained_norms
 from .freeze.guard import level_slow_weights
 from .freeze.point import check_freeze_point
-from .freeze.policy import ModeSpec, Policy, check_policy, with_train
+from .freeze.policy import ModeSpec, Policy, check_policy, converted
 from .freeze.summary import BatchNormSummary, summarise
 from .fusion.fuse import refuse_fusion
 from .layers import affine_params, norm_layers
@@ -54,19 +54,20 @@ def freeze_to_bn(self:Learner,
 ) -> Learner: # `self`
     "Freeze the parameter groups before `n`, and hold batch norm below and above `n` in the given modes, in every fit from now on"
     cb = active_callback(self)
-    current = Policy() if cb is None else cb.bn_policy
+    current,decides = (Policy(), True) if cb is None else (cb.bn_policy, cb.open_throughout)
     if throughout is None and bn_above is not None: throughout = False # a mode for all that trains
+    decides = decides and throughout is None
     given = dict(bn=bn, bn_above=bn_above, throughout=throughout)
     policy = check_policy(current._replace(**{k: v for k,v in given.items() if v is not None}), self.model)
     if any(is_lazy(p) for p in self.model.parameters()):
         raise ValueError("The model has lazy layers without shapes yet, which fastai cannot freeze: run a batch through it first, "
                          "as by `learn.model(learn.dls.one_batch()[0])`.")
     n = check_freeze_point(self, n)
-    if cb is None:
-        if throughout is None and n % len(self.opt.param_lists):
-            policy = policy._replace(throughout=bool(pretrained_norms(Groups(self.model, self.opt.param_lists))))
-        self.add_cb(cb := BatchNormFreeze(**policy._asdict()))
+    freezes = bool(n % len(self.opt.param_lists))
+    if decides and freezes: policy = policy._replace(throughout=bool(pretrained_norms(Groups(self.model, self.opt.param_lists))))
+    if cb is None: self.add_cb(cb := BatchNormFreeze(**policy._asdict()))
     else: cb.set_policy(policy, keep_trained=throughout is None)
+    cb.open_throughout = decides and not freezes
     cb.freeze_to(n)
     return self
 
@@ -172,8 +173,10 @@ def convert_bn(self:Learner,
         if not had_opt: self.opt = None
         raise
     level_slow_weights(self.opt, {p for n,l in norm_layers(self.model).items() if n in chosen for p in affine_params(l)})
-    if cb is None: self.add_cb(cb := BatchNormFreeze())
-    cb.set_policy(cb.bn_policy._replace(bn=with_train(cb.bn_policy.bn, layers)), keep_trained=True)
+    if cb is None:
+        self.add_cb(cb := BatchNormFreeze())
+        cb.open_throughout = True
+    cb.set_policy(converted(cb.bn_policy, layers), keep_trained=True)
     cb.apply()
     return self
 

@@ -33,14 +33,14 @@ def _split(data:Path, valid_pct:float|None) -> list[list[Path]]:
         near = get_close_matches(data.name, [p.name for p in data.parent.iterdir() if p.is_dir()]) if data.parent.is_dir() else []
         raise ValueError(f"There is no folder {data}" + (f"; there is {' and '.join(near)}." if near else ": check the path."))
     valid = next((k for k in ('valid', 'val') if (data/k).is_dir()), None)
-    if (data/'train').is_dir():
+    if (data/'train').is_dir() and not (valid is None and valid_pct is not None):
         if valid is None: raise ValueError(f"{data} has a folder train, but none called valid: rename the one with the validation images.")
         if valid_pct is None: return [images(data/k) for k in ('train', valid)]
         raise ValueError(f"{data} has its own validation images in {valid}: leave out the part for validation ({valid_pct}).")
     if valid_pct is None: raise ValueError(f"{data} has no folders train and valid: say how much to hold back for validation, as "
                                            "`valid_pct=0.2`, or `--valid-pct 0.2` on the command line.")
     if not 0 < valid_pct < 1: raise ValueError(f"The part for validation has to be between 0 and 1, not {valid_pct}.")
-    files = images(data)
+    files = images(data/'train' if any(p.is_dir() for p in (data/'train').glob('*')) else data) # or `train` is a class
     return [[files[i] for i in part] for part in RandomSplitter(valid_pct, seed=0)(files)]
 
 def classes_of(files:Iterable[Path]) -> list[str]: return sorted({p.parent.name for p in files})
@@ -83,7 +83,8 @@ def _of_torchvision(arch:str, pretrained:bool, n_out:int) -> tuple:
     try: made = create_vision_model(lambda **_: model, n_out, cut=meta['cut'])
     except (StopIteration, RuntimeError):
         raise ValueError(f"fastai does not know how to cut {arch}: write a function that makes body and head.") from None
-    return made,model,_tensors(made[0]),meta['split'],imagenet_stats
+    images = torchvision.models.get_model_weights(arch).DEFAULT.transforms()
+    return made,model,_tensors(made[0]),meta['split'],(images.mean, images.std)
 
 def _of_timm(arch:str, pretrained:bool, n_out:int) -> tuple:
     made,cfg = create_timm_model(arch, n_out, pretrained=pretrained)
@@ -193,8 +194,7 @@ def image_learner(
     "A Learner for a folder of images, with accuracy as its metric"
     (train,valid),classes = images,classes_of(images[0])
     model,splitter,stats = make_model(arch, weights, len(classes))
-    in_valid = IndexSplitter(list(range(len(train), len(train)+len(valid))))
-    block = DataBlock((ImageBlock, CategoryBlock(vocab=classes)), get_y=parent_label, splitter=in_valid,
-                      item_tfms=Resize(size, method=ResizeMethod.Squish), batch_tfms=Normalize.from_stats(*stats))
+    block = DataBlock((ImageBlock, CategoryBlock(vocab=classes)), get_y=parent_label, item_tfms=Resize(size, method=ResizeMethod.Squish),
+                      splitter=IndexSplitter([*range(len(train), len(train)+len(valid))]), batch_tfms=Normalize.from_stats(*stats))
     dls = block.dataloaders([*train, *valid], bs=bs, num_workers=num_workers)
     return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=splitter)

@@ -5,12 +5,14 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd, pytest, torch, torchvision, warm
+from fastai.vision.core import imagenet_stats
 from PIL import Image
 from conftest import ROOT
 from fastcore.script import anno_parser
 
 from bnfreeze_fastai.cli import COMMANDS, main
 from bnfreeze_fastai.compat import parsed
+from bnfreeze_fastai.vision import find_images, make_model
 
 pytestmark = pytest.mark.slow
 
@@ -189,6 +191,26 @@ def test_weights_from_a_file(pets):
     main([*args, '--weights', 'right.pth', '--out', 'found'])
     res = run(*args, '--weights', 'wrong.pth')
     assert res.returncode == 2 and 'layer4.1.conv1.weight: not in the file' in res.stderr
+
+
+@pytest.mark.parametrize('classes', [('bus', 'car', 'train'), ('train/bus', 'train/car', 'test/bus')])
+def test_a_folder_called_train_without_another_for_validation(classes):
+    for label in classes:
+        Path('vehicles', label).mkdir(parents=True)
+        for j in range(4):
+            Image.new('RGB', (4, 4)).save(Path('vehicles', label, f'{j}.png'))
+    with pytest.raises(ValueError, match='none called valid'):
+        find_images('vehicles')
+    found = [p for part in find_images('vehicles', 0.25) for p in part]
+    used = [c for c in classes if not c.startswith('test')]
+    assert {*found} == {p for c in used for p in Path('vehicles', c).iterdir()}
+
+
+def test_images_are_scaled_as_the_weights_of_torchvision_want_it(monkeypatch):
+    assert make_model('resnet18', 'none', 2)[2] == imagenet_stats
+    weights = torchvision.models.EfficientNet_V2_L_Weights  # the one network of torchvision's with others
+    monkeypatch.setattr(torchvision.models, 'get_model_weights', lambda arch: weights)
+    assert make_model('resnet18', 'none', 2)[2] == ([0.5] * 3, [0.5] * 3)
 
 
 def unreadable():

@@ -14,7 +14,6 @@ __all__ = ['Comparison', 'check_training', 'bn_compare']
 
 # %% ../../nbs/choose/06_compare.ipynb #d32055dc
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import matplotlib.pyplot as plt, pandas as pd
 from fastai.learner import Learner
 from matplotlib.figure import Figure
 
-from ..utils.batches import with_progress, wrong
+from ..utils.batches import is_int, with_progress, wrong
 from .differences import paired_differences, table_html, table_text
 from .parallel import as_they_end
 from ..plots import plot_differences, plot_scores
@@ -94,7 +93,7 @@ def check_training(
     "Raise `ValueError` if the settings of training make no sense"
     check_epochs(epochs)
     check_lr(lr)
-    if not isinstance(freeze_to, Integral) or isinstance(freeze_to, bool): raise wrong('freeze_to', freeze_to, 'an integer')
+    if not is_int(freeze_to): raise wrong('freeze_to', freeze_to, 'an integer')
     if not is_function(fit) and not (isinstance(fit, str) and fit in FITS):
         raise ValueError(f"`fit` is one of {list(FITS)}, or a function of Learner and epochs, not {fit!r:.60}.")
     if fit == 'fine_tune' and isinstance(lr, slice):
@@ -169,7 +168,7 @@ def bn_compare(
     "Train every policy with every seed, from the same weights and over the same batches; Ctrl-C returns the finished runs"
     policies,seeds = check_policies(policies),as_seeds(seeds)
     check_training(epochs, fit, freeze_to, lr)
-    if n_jobs is not None and (not isinstance(n_jobs, Integral) or isinstance(n_jobs, bool) or not n_jobs):
+    if n_jobs is not None and (not is_int(n_jobs) or not n_jobs):
         raise wrong('n_jobs', n_jobs, 'a number of processes, -1 for one on each core, or None')
     if not isinstance(results, (str, Path, type(None))): raise wrong('results', results, 'the path of a CSV file, or None')
     how = dict(epochs=int(epochs), fit=fit, freeze_to=int(freeze_to), lr=lr, precompute=bool(precompute))

@@ -24,7 +24,7 @@ def _verdict(d:np.ndarray, low:float, high:float) -> str:
     if not len(d): return 'no seed in common'
     if not np.isfinite(d).all(): return 'no number in a run'
     if (d == 0).all(): return 'the same in every seed'
-    if np.isnan(low): return 'too few seeds to tell'
+    if np.isnan(low): return 'too few seeds to tell' if len(d) < 2 else 'the same difference in every seed'
     return 'differ' if low > 0 or high < 0 else 'no difference seen'
 
 def paired_differences(

@@ -30,7 +30,7 @@ from .compare import check_training
 from ..layers import bn_layers, keeps_stats, norm_layers
 from .differences import table_html, table_text
 from ..head.part import refuse_setting
-from ..head.loaders import batch_size, check_loader, n_samples
+from ..utils.loaders import batch_size, check_loader, n_samples
 from ..plots import plot_gains
 from .policies import put_policy
 from ..freeze.groups import Groups, frozen_groups, pretrained_norms
@@ -48,7 +48,7 @@ def _rates(trial:Learner, fit:str, lr:float|slice|None, frozen:list[bool]) -> tu
     trial.opt.set_hyper('lr', trial.lr if lr is None else lr)
     rates = [h['lr'] for h in trial.opt.hypers]
     body = [r for r,is_frozen in list(zip(rates, frozen))[:-1] if not is_frozen] if len(rates) > 1 else rates
-    return max(body, default=0.),rates[-1]
+    return min(body, default=0.),rates[-1]
 
 def _as_run(trial:Learner, fit:str, epochs:int, lr:float|slice|None) -> tuple[FullRun, str]: # And its phase
     "`trial` is a copy, with an optimizer"

@@ -40,7 +40,7 @@ def _check_one(name:str, policy) -> AnyPolicy:
     if isinstance(policy, Mapping):
         if unknown := set(policy) - set(Policy._fields):
             raise ValueError(f"Policy {name!r} has the unknown keys {sorted(unknown)}: choose from {list(Policy._fields)}.")
-        return check_policy(Policy(**policy))
+        return check_policy(Policy(**{'throughout': 'bn_above' not in policy, **policy}))
     if isinstance(policy, str) and policy in (FASTAI, *MODES, CONVERTED): return policy
     raise ValueError(f"{policy!r:.60} is no policy: give {FASTAI!r}, one of the modes {list(MODES)}, {CONVERTED!r}, a dict with keys among "
                      f"{list(Policy._fields)}, or a function of the Learner.")

@@ -23,7 +23,7 @@ SLOW = 1/30 # of the head's learning rate: a pretrained part that trains slower 
 ENOUGH = 16 # samples in a batch, for statistics of its own
 
 def phase_of(
-    body_rate:float, # Highest learning rate in the pretrained part; 0 if it is frozen
+    body_rate:float, # Lowest learning rate that trains in the pretrained part; 0 if all of it is frozen
     head_rate:float, # Learning rate of the head
 ) -> str: # One of `PHASES`
     "Which of the three situations a fit is"
@@ -55,7 +55,7 @@ def features(
     trials:Mapping[str, float]|None=None, # Policy to the accuracy of its trial, from 0 to 1
 ) -> np.ndarray: # Shape (2,), or (3,) if the policy was tried
     "The inputs of the linear function for the advantage of `policy`"
-    known = [1., np.clip(log2(bs/16), -2, 2)]
+    known = [1., np.clip(log2(bs/16), -2, 1)]
     beside = BESIDE[phase]
     compared = trials is not None and policy != beside and {policy, beside} <= trials.keys()
     tried = compared and _trial_counts(policy, bs)
@@ -91,11 +91,14 @@ def expected_gains(
     phase:str, # One of `PHASES`
     bs:int, # Samples in a training batch
     trials:Mapping[str, float]|None=None, # Policy to the accuracy of its trial, from 0 to 1
+    advice:Mapping=ADVICE, # Coefficients and half-widths
 ) -> pd.DataFrame: # `policy`, `alone` (without trials), `expected` (with them), `low`, `high` (80% interval), in points; the best first
     "The gain of each policy over fastai's default"
-    alone,ahead = advantages(phase, bs),advantages(phase, bs, trials)
+    alone,ahead = advantages(phase, bs, advice=advice),advantages(phase, bs, trials, advice)
+    left = 100*(1 - (trials or {}).get('fastai', 0.)) # what there is to gain
     def row(policy):
         gain = 100*(ahead[policy]-ahead['fastai'])
-        half = 100*ADVICE[phase]['half_width'].get(policy, {}).get('tried' if trials else 'alone', 0)
-        return dict(policy=policy, alone=100*(alone[policy]-alone['fastai']), expected=gain, low=gain-half, high=gain+half)
+        half = 100*advice[phase]['half_width'].get(policy, {}).get('tried' if trials else 'alone', 0)
+        expected,low,high = (min(g, left) for g in (gain, gain-half, gain+half))
+        return dict(policy=policy, alone=100*(alone[policy]-alone['fastai']), expected=expected, low=low, high=high)
     return pd.DataFrame([row(p) for p in ahead]).sort_values('expected', ascending=False, ignore_index=True)

@@ -11,12 +11,14 @@ __all__ = ['Fit', 'FITS', 'check_epochs', 'check_lr', 'as_seeds', 'weights_hash'
 
 # %% ../../nbs/choose/01_runs.ipynb #c16d4300
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
 from math import inf
 from numbers import Integral, Real
 from operator import index
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fastai.callback.core import Callback
@@ -27,12 +29,12 @@ from torch.nn.parameter import is_lazy
 from xxhash import xxh3_128_hexdigest
 
 import bnfreeze_fastai.learner # patches `precompute` in
-from ..utils.batches import wrong
+from ..utils.batches import is_int, wrong
 from ..layers import named_tensors
 from ..utils.tensors import fingerprint
 from .policies import AnyPolicy, is_function, put_policy
 from ..freeze.groups import Groups, pretrained_norms
-from ..utils.restore import reseed
+from ..utils.restore import reseed, standing_in
 from ..stats.distances import Snapshot, moved, snapshot
 
 # %% ../../nbs/choose/01_runs.ipynb #b7e2ecc1
@@ -40,7 +42,7 @@ def check_epochs(
     epochs:int, # Anything
 ) -> None:
     "Raise `ValueError` unless `epochs` is an integer from 1 up"
-    if not isinstance(epochs, Integral) or isinstance(epochs, bool) or epochs < 1: raise wrong('epochs', epochs, 'an integer from 1 up')
+    if not is_int(epochs, 1): raise wrong('epochs', epochs, 'an integer from 1 up')
 
 def check_lr(
     lr:float|slice|None, # Anything
@@ -112,10 +114,15 @@ class EpochRows(Callback):
 
     def after_epoch(self) -> None:
         now = time.perf_counter()
-        values = dict(zip(self.recorder.metric_names[1:], map(_number, self.learn.final_record)))
+        values = dict(zip(_told_apart(self.recorder.metric_names[1:]), map(_number, self.learn.final_record)))
         distance = moved(self.model, self.start).set_index('layer').reindex(self.layers).mean()
         self.rows.append(dict(epoch=len(self.rows), **values, **distance, seconds=now-self.since))
         self.since = now
+
+def _told_apart(names:Sequence[str]) -> list[str]: # `f1_score`, `f1_score_2`, …
+    "Names of which none is the same"
+    times = [names[:i+1].count(name) for i,name in enumerate(names)]
+    return [name if n == 1 else f'{name}_{n}' for name,n in zip(names, times)]
 
 def _number(value) -> float:
     try: return float(value)
@@ -126,6 +133,11 @@ Fit = str|Callable[[Learner, int], Any] # one of `FITS`, or a function of Learne
 FITS = ('fine_tune', 'fit_one_cycle', 'fit_flat_cos', 'fit')
 
 # %% ../../nbs/choose/01_runs.ipynb #f6ab47ba
+@contextmanager
+def _own_folder(learn:Learner) -> Iterator[None]:
+    "A folder for what callbacks save"
+    with TemporaryDirectory() as folder, standing_in(learn, dict(path=Path(folder), model_dir='models')): yield
+
 @contextmanager
 def _stored_features(learn:Learner, allowed:bool) -> Iterator[bool]: # Whether they are used
     "`learn.precompute()` where that is allowed and exact"
@@ -151,7 +163,7 @@ def run_policy(
     since = time.perf_counter()
     learn = new_learner(get_learner, seed)
     weights,start = weights_hash(learn.model),snapshot(learn.model)
-    with learn.no_bar(), learn.no_logging():
+    with learn.no_bar(), learn.no_logging(), _own_folder(learn):
         put_policy(learn, policy, freeze_to)
         if learn.opt is None: learn.create_opt()
         record = EpochRows(since, start, pretrained_norms(Groups(learn.model, learn.opt.param_lists)))

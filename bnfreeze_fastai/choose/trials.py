@@ -23,6 +23,7 @@ from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallb
 from fastai.callback.schedule import Learner # with the methods that fit
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Recorder
+from fastai.optimizer import OptimWrapper
 from fastcore.basics import GetAttr, noop
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from ..freeze.callback import BatchNormFreeze
 from ..freeze.groups import as_groups
 from ..layers import bn_layers
 from ..freeze.drift import BatchNormDrift
-from ..head.loaders import in_order, n_samples
+from ..utils.loaders import in_order, n_samples
 from .policies import put_policy
 from ..utils.restore import copied_buffers, reseed
 
@@ -69,6 +70,9 @@ def trial_copy(
     folder:Path, # For anything that is saved
 ) -> Learner: # With an optimizer, frozen as `learn` is, without a policy
     "A Learner that trains as `learn` would, on a copy of its model; `ValueError` if it cannot be copied"
+    if isinstance(learn.opt_func, OptimWrapper): raise ValueError(
+        "The optimizer was made beforehand, for the parameters of this one model, so a copy cannot train: give the Learner a function that "
+        "makes one, such as `opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)`.")
     groups = parameter_groups(learn)
     def splitter(model):
         named = dict(model.named_parameters())

@@ -19,12 +19,12 @@ from copy import copy
 from typing import Any
 
 from fastai.callback.core import TrainEvalCallback
-from fastai.learner import Callback, Learner
+from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attachment import Attachment, from_0_1
-from .copies import leave_a_copy
+from .copies import OneLearner
 from .fit import Fit
 from .guard import told_moving
 from .policy import ModeSpec, Policy, check_policy
@@ -39,7 +39,7 @@ def active_callback(
     "The `BatchNormFreeze` whose policy is in force"
     return next((cb for cb in reversed(learn.cbs) if isinstance(cb, BatchNormFreeze)), None)
 
-class BatchNormFreeze(Callback):
+class BatchNormFreeze(OneLearner):
     "Keep the batch norm modes of a policy in every fit of a Learner, relative to its freeze point"
     order = TrainEvalCallback.order+1 # just after the switch to train mode, before anything that wraps the model or swaps its weights
     run_valid = False
@@ -48,6 +48,7 @@ class BatchNormFreeze(Callback):
     moving_buffers:list[str] # buffers of the frozen part that no mode governs, and that a fit has moved
     attachment:Attachment|None = None # while a Learner has the callback
     accumulate = False # also of callbacks that were pickled without it
+    open_throughout = False # is `throughout` still to be switched on by the first `freeze_to_bn` that freezes something?
 
     def __init__(self,
         bn:ModeSpec='frozen', # Mode of norm layers in frozen groups, or a dict of globs over layer names to modes
@@ -61,19 +62,10 @@ class BatchNormFreeze(Callback):
         self.bn_policy,self.schedule,self.verify = check_policy(Policy(bn, bn_above, throughout)),check_schedule(schedule),verify
         self.bn_start,self.schedule_log,self.moving_buffers,self.accumulate = {},{},[],accumulate
 
-    @property
-    def learn(self) -> Learner|None: return None if self.attachment is None else self.attachment.learn
-    @learn.setter
-    def learn(self, learn:Learner|None) -> None:
-        if learn is not None:
-            check_policy(self.bn_policy, learn.model)
-            if self.schedule: check_schedule(self.schedule, learn.model)
-        if self.attachment is not None and self.attachment.learn is not learn: self._go(learn)
-        if learn is not None: self._come(learn)
-
     def __setstate__(self, state:dict[str, Any]) -> None:
         if '_point' in state: state = from_0_1(state)
         super().__setstate__(state)
+        if self.attachment is not None: self._learn = self.attachment.learn
     def __copy__(self) -> BatchNormFreeze:
         "A copy with an attachment of its own, and no part in a fit that goes on"
         new = type(self).__new__(type(self))
@@ -84,9 +76,15 @@ class BatchNormFreeze(Callback):
         "Whether an event may be one of a fit that follows this callback"
         if self.attachment is None: return False # another callback has removed this one amid an event
         return self.learn.opt is not None and not self.learn.lock.locked() and active_callback(self.learn) is self
+    def after_create(self) -> None:
+        "Raise `ValueError` for a glob that matches no norm layer of the model"
+        check_policy(self.bn_policy, self.learn.model)
+        if self.schedule: check_schedule(self.schedule, self.learn.model)
     def before_fit(self) -> None:
         "Hold the policy, until it is known whether this is a fit"
         if not self._in_force(): return
+        self.refuse_twice()
+        self.after_create()
         self.attachment.fits.append(Fit(self.attachment, stages_of(self), self.verify, self.accumulate))
         self.attachment.fits[-1].announce()
     def before_epoch(self) -> None:
@@ -105,6 +103,7 @@ class BatchNormFreeze(Callback):
         "Follow the schedule, and what other callbacks did since the last epoch"
         if self.fit_now is not None: self.fit_now.next_batch(self.n_iter, self.n_epoch)
     def before_step(self) -> None:
+        "Let no optimizer step what is fixed"
         if self.fit_now is not None and self.fit_now.guard is not None: self.fit_now.guard.deny()
     def after_pred(self) -> None:
         "Put back statistics that this batch made NaN or infinite"
@@ -124,33 +123,34 @@ class BatchNormFreeze(Callback):
         if self.fit_now is not None: self.fit_now.cancel()
     after_cancel_fit = after_cancel_epoch
     def after_validate(self) -> None:
+        "From here on, the model has its own weights again"
         if self.fit_now is not None and self._in_force(): self.fit_now.validated = True
     def after_epoch(self) -> None:
         "Compare once more: after the last epoch, nobody else would see what a callback wrote after the training part"
         if self.fit_now is not None and self._in_force(): self.fit_now.end_epoch(last=self.learn.epoch+1 == self.learn.n_epoch)
     def after_fit(self) -> None:
+        "Release what was held, and say what came up"
         if not self._in_force() or not self.attachment.fits: return
         self.attachment.fits[-1].finish()
         self.attachment.fits.pop()
 
 # %% ../../nbs/freeze/09_callback.ipynb #c8e89122
 @patch
-def _come(self:BatchNormFreeze, learn:Learner):
-    previous = active_callback(learn)
-    if self.attachment is not None: self.attachment.release() # added once more
-    self.attachment = Attachment(learn, None if previous is None else previous.attachment)
-    self.bn_start,self.moving_buffers = snapshot(learn.model),[]
-    learn.splitter = self.split
-
-@patch
-def _go(self:BatchNormFreeze, learn:Learner|None):
-    "Leave the Learner for `learn`, or for none"
-    left,at = leave_a_copy(self, learn),self.attachment
-    if left is None: at.end(self)
-    else: # the copy goes on where this one was, also within a fit
+def move(self:BatchNormFreeze,
+    learn:Learner|None, # Where to; `None` if it is removed
+    left:BatchNormFreeze|None, # The copy that stays where the callback was
+) -> None:
+    "Give back what was there, and connect to `learn`"
+    at = self.attachment
+    if left is not None: # it goes on where this one was, also within a fit
         left.attachment,self.schedule_log = at,{}
         if at.learn.splitter == self.split: at.learn.splitter = left.split
+    elif at is not None: at.end(self)
     self.attachment = None
+    if learn is None: return
+    self.attachment = Attachment(learn, getattr(active_callback(learn), 'attachment', None))
+    self.bn_start,self.moving_buffers = snapshot(learn.model),[]
+    learn.splitter = self.split
 
 @patch
 def split(self:BatchNormFreeze,

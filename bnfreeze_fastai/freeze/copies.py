@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['leave_a_copy']
+__all__ = ['OneLearner']
 
 # %% ../../nbs/freeze/07_copies.ipynb #2173a478
 from copy import copy
@@ -14,14 +14,34 @@ from copy import copy
 from fastai.learner import Callback, Learner
 
 # %% ../../nbs/freeze/07_copies.ipynb #f225f14d
-def leave_a_copy(
-    cb:Callback,
-    learn:Learner|None, # The Learner that `cb` is given to; `None` if it is removed
-) -> Callback|None: # The copy
-    "Leave a copy of `cb` in its old Learner, if that still has it and `learn` is another one"
-    old = cb.learn
-    if learn is None or learn is old or not any(c is cb for c in old.cbs): return None
-    left = copy(cb)
-    old.cbs[next(i for i,c in enumerate(old.cbs) if c is cb)] = left
-    if getattr(old, cb.name, None) is cb: setattr(old, cb.name, left)
-    return left
+class OneLearner(Callback):
+    "A callback that is in one Learner at a time, and leaves a copy of itself where it still was when it went to another one"
+    _learn:Learner|None = None
+
+    @property
+    def learn(self) -> Learner|None: return self._learn
+    @learn.setter
+    def learn(self, learn:Learner|None) -> None:
+        had = self._times()
+        if (learn is None and had > 1) or (learn is self._learn and had): return # the Learner has it, whatever a fit is given
+        self.move(learn, self._leave_a_copy() if learn is not None and had else None)
+        self._learn = learn
+
+    def move(self,
+        learn:Learner|None, # Where to; `None` if it is removed
+        left:OneLearner|None, # The copy that stays in `self.learn`, if that still has the callback
+    ) -> None:
+        "Get ready to go from `self.learn` to `learn`"
+
+    def _times(self) -> int: return 0 if self._learn is None else sum(cb is self for cb in self._learn.cbs)
+
+    def _leave_a_copy(self) -> OneLearner:
+        old,left = self._learn,copy(self)
+        old.cbs[next(i for i,cb in enumerate(old.cbs) if cb is self)] = left
+        if getattr(old, self.name, None) is self: setattr(old, self.name, left)
+        return left
+
+    def refuse_twice(self) -> None:
+        "Raise `ValueError` if the Learner has the callback more than once"
+        if self._times() > 1: raise ValueError(
+            f"The Learner has this {type(self).__name__} already: leave it out of `cbs`, or take it out once by `learn.remove_cb(cb)`.")

@@ -11,33 +11,36 @@ from __future__ import annotations
 __all__ = ['BatchNormDrift']
 
 # %% ../../nbs/freeze/13_drift.ipynb #9dfe93dd
+from typing import Any
+from weakref import ref
+
 import pandas as pd
-from fastai.callback.core import Callback
 from fastai.learner import Learner
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from .copies import leave_a_copy
-
+from .copies import OneLearner
 from ..plots import plot_bn_drift
 from ..stats.distances import bn_drift, snapshot
 
 # %% ../../nbs/freeze/13_drift.ipynb #acc77200
-class BatchNormDrift(Callback):
+class BatchNormDrift(OneLearner):
     "Record after each training epoch how far each layer's running statistics are from where they started"
     start:dict[str, dict[str, Tensor]] # a snapshot from before the first epoch
     epochs:list[pd.DataFrame] # one of `bn_drift` after each
-    _learn = None
+    _left:ref|None = None # the Learner that it was removed from
     def __init__(self): self.start,self.epochs,self.waiting,self.recording = {},[],False,False
+    def __getstate__(self) -> dict[str, Any]: return {k: v for k,v in vars(self).items() if k != '_left'}
 
-    @property
-    def learn(self) -> Learner|None: return self._learn
-    @learn.setter
-    def learn(self, learn:Learner|None) -> None:
-        if self._learn is not None and leave_a_copy(self, learn): self.start,self.epochs = {},[]
-        self._learn = learn
+    def move(self, learn:Learner|None, left:BatchNormDrift|None) -> None:
+        "Begin a new record in another Learner"
+        if learn is None: self._left = None if self.learn is None else ref(self.learn)
+        elif left is not None or self._left is not None and self._left() is not learn: self.start,self.epochs = {},[]
 
-    def before_fit(self) -> None: self.waiting = self.waiting or not self.learn.lock.locked() # unless a validation calls itself a fit
+    def before_fit(self) -> None:
+        "Wait for a training epoch, unless a validation calls itself a fit"
+        self.refuse_twice()
+        self.waiting = self.waiting or not self.learn.lock.locked()
 
     def before_train(self) -> None:
         "Start the record with the first fit, and once more if the model was replaced"

@@ -24,7 +24,7 @@ class FiniteStats:
         layers:Mapping[str, nn.Module], # Name to norm layer; those whose statistics do not move are left out
     ):
         self.layers = {n: l for n,l in layers.items() if updates_stats(l)}
-        self.kept,self.batches,self.spoilt = {},0,0 # `spoilt`: batches after which something was put back
+        self.kept,self.batches,self.spoilt,self._counted = {},0,0,False # `spoilt`: batches after which something was put back
 
     def keep(self) -> None:
         "Note the statistics before a batch"

@@ -17,10 +17,10 @@ import warnings
 from contextlib import ExitStack
 
 import pandas as pd
-from fastai.learner import Callback, Learner
+from fastai.learner import Learner
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .copies import leave_a_copy
+from .copies import OneLearner
 from .callback import active_callback
 from .in_force import modes_in_force, planned_modes
 from ..layers import MODES, keeps_stats, norm_layers
@@ -30,9 +30,9 @@ from ..fusion.fuse import Fusion, fused_bn
 # %% ../../nbs/freeze/12_fuse.ipynb #d9d1d9b6
 def _no_pairs() -> pd.DataFrame: return pd.DataFrame(columns=['convolution', 'batch_norm'])
 
-class BatchNormFuse(Callback):
+class BatchNormFuse(OneLearner):
     "In every training epoch, run each convolution and the batch norm on fixed statistics after it as one"
-    _learn,_stateattrs = None,('_block', '_fusion')
+    _stateattrs = '_block','_fusion'
 
     def __init__(self):
         self._init_state()
@@ -40,13 +40,10 @@ class BatchNormFuse(Callback):
 
     def _init_state(self): self._block,self._fusion = ExitStack(),None
 
-    @property
-    def learn(self) -> Learner|None: return self._learn
-    @learn.setter
-    def learn(self, learn:Learner|None) -> None:
+    def move(self, learn:Learner|None, left:BatchNormFuse|None) -> None:
+        "Leave the model as it was; what was fused is the copy's to tell"
         self._block.close()
-        if self._learn is not None and leave_a_copy(self, learn): self.pairs = _no_pairs()
-        self._learn = learn
+        if left is not None: self.pairs = _no_pairs()
 
     def before_train(self) -> None: self._start()
 

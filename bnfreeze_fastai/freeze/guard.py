@@ -83,8 +83,12 @@ class Guard(ExitStack):
         self.model,self.modes,self.layers = model,dict(modes),norm_layers(model)
         self.fixed,self.prints = Fixed(),{}
         self.finite = FiniteStats({n: l for n,l in self.layers.items() if MODES[self.modes[n]].updates_stats})
-        self.holds = self.enter_context(held_stats({l: self.modes[n] for n,l in self.layers.items() if not is_frozen_norm(l)}, model))
-        if steps is not None: self.enter_context(steps.on(self.finite.layers, model))
+        try:
+            self.holds = self.enter_context(held_stats({l: self.modes[n] for n,l in self.layers.items() if not is_frozen_norm(l)}, model))
+            if steps is not None: self.enter_context(steps.on(self.finite.layers, model))
+        except BaseException:
+            self.close()
+            raise
 
     def holds_as(self, model:nn.Module, modes:Mapping[str, str]) -> bool:
         "Whether a guard made now would hold the same layers in the same modes"

@@ -8,7 +8,7 @@ With a **policy** you say what batch norm does on each side of the freeze point.
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['ModeSpec', 'SIDES', 'Policy', 'check_policy', 'told_policy', 'with_train', 'layer_modes']
+__all__ = ['ModeSpec', 'SIDES', 'Policy', 'check_policy', 'told_policy', 'converted', 'layer_modes']
 
 # %% ../../nbs/freeze/01_policy.ipynb #428dc1e3
 from collections.abc import Mapping, Sequence, Set
@@ -68,13 +68,16 @@ def told_policy(
     "What a policy says, without `throughout` where it is off"
     return {k: v for k,v in policy._asdict().items() if v is not False}
 
-def with_train(
-    bn:ModeSpec,
-    layers:str|None, # Glob over dotted names; all if not given
-) -> ModeSpec:
-    "`bn` with the mode `'train'` for what `layers` picks"
-    if layers is None: return 'train'
-    return {layers: 'train', **{glob: mode for glob,mode in ({'*': bn} if isinstance(bn, str) else bn).items() if glob != layers}}
+def converted(
+    policy:Policy,
+    layers:str|None=None, # Glob over dotted names of the layers that were converted; all pretrained ones if not given
+) -> Policy:
+    "`policy` with the mode `'train'` for layers that were converted, in frozen and in trained groups"
+    def in_train(rule): # the first glob that matches wins
+        others = {'*': rule} if isinstance(rule, str) else rule
+        return rule if rule == 'train' else {layers: 'train', **{glob: mode for glob,mode in others.items() if glob != layers}}
+    if layers is None: return policy._replace(bn='train', throughout=True)
+    return policy._replace(**{side: in_train(getattr(policy, side)) for side in SIDES})
 
 # %% ../../nbs/freeze/01_policy.ipynb #81ac58a2
 def layer_modes(

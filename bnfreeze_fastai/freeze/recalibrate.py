@@ -15,29 +15,28 @@ __all__ = ['BatchNormRecalibrate']
 # %% ../../nbs/freeze/15_recalibrate.ipynb #41e2ba7a
 import warnings
 from collections.abc import Iterator
-from numbers import Integral
 from typing import Any
 
 import pandas as pd
 from fastai.callback.tracker import EarlyStoppingCallback
-from fastai.learner import Callback, Learner
+from fastai.learner import Learner
 from fastcore.basics import patch
 
-from .copies import leave_a_copy
+from .copies import OneLearner
 from .in_force import modes_in_force
 from .reestimated import Reestimated
 from ..layers import MODES, keeps_stats, norm_layers, stats_buffers, updates_stats
 from ..stats.measure import measurable
 from ..stats.recalibrate import recalibrate_layers
-from ..utils.batches import with_progress, wrong
+from ..utils.batches import is_int, with_progress, wrong
 from ..utils.in_fit import batches_of
 from ..utils.tensors import fingerprints
 
 # %% ../../nbs/freeze/15_recalibrate.ipynb #71053c43
-class BatchNormRecalibrate(Callback):
+class BatchNormRecalibrate(OneLearner):
     "Before each validation of a fit, set the running statistics that train to those of the training data"
     order = EarlyStoppingCallback.order+1 # after a swap of weights; after `SaveModelCallback` and all that judges the epoch
-    _learn,_stateattrs = None,('_now', '_names', '_told', '_epoch', '_exact')
+    _stateattrs = '_now','_names','_told','_epoch','_exact'
 
     def __init__(self,
         every:int=1, # 1 for every epoch, 2 for every second one; the last epoch of a fit always counts
@@ -45,8 +44,7 @@ class BatchNormRecalibrate(Callback):
         keep:bool=False, # Leave the new statistics in the model, also at the end of the fit?
     ):
         for name,n in dict(every=every, n_batches=n_batches).items():
-            is_number = isinstance(n, Integral) and not isinstance(n, bool) and n > 0
-            if not is_number and (n is not None or name == 'every'):
+            if not is_int(n, 1) and (n is not None or name == 'every'):
                 raise wrong(name, n, 'a whole number from 1 up' + (', or None for all batches' if name == 'n_batches' else ''))
         if not isinstance(keep, bool): raise wrong('keep', keep, 'True or False')
         self.every,self.n_batches,self.keep = every,n_batches,keep
@@ -55,13 +53,10 @@ class BatchNormRecalibrate(Callback):
 
     def _init_state(self): self._now,self._names,self._told,self._epoch,self._exact = None,None,set(),0,set()
 
-    @property
-    def learn(self) -> Learner|None: return self._learn
-    @learn.setter
-    def learn(self, learn:Learner|None) -> None:
+    def move(self, learn:Learner|None, left:BatchNormRecalibrate|None) -> None:
+        "Put back training's statistics; what was re-estimated is the copy's to tell"
         self._give_back()
-        if self._learn is not None and leave_a_copy(self, learn): self.drift = pd.DataFrame()
-        self._learn = learn
+        if left is not None: self.drift = pd.DataFrame()
 
     def _give_back(self, noted:bool=False) -> None:
         if self._now is not None: self._now.give_back(noted)

@@ -31,8 +31,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from .convolution import FUNCTIONS
-from ..holds import Temporary, clean_copies
-from ..layers import keeps_stats, named_modules, norm_layers, refuse_compiled
+from ..holds import Temporary, clean_copies, recomputes
+from ..layers import is_spread, keeps_stats, named_modules, norm_layers, refuse_compiled
 from .lazy import Deferred, Uses, defer
 from ..utils.restore import standing_in
 
@@ -59,8 +59,7 @@ class _Site(Temporary):
 
     def settle(self):
         "Leave the convolution alone from now on if something other than batch norm used its output and the backward pass is over"
-        in_backward = torch._C._current_graph_task_id() != -1 # in which checkpointing repeats what was done
-        if self.defers and self.uses.looked_at and self.uses.had_backward and not in_backward: self.defers = False
+        if self.defers and self.uses.looked_at and self.uses.had_backward and not recomputes(): self.defers = False
 
 # %% ../../nbs/fusion/02_fuse.ipynb #846f52d3
 class Fusion(Temporary):
@@ -96,7 +95,7 @@ def refuse_fusion(
     "Raise `ValueError` if `model` is none, was compiled or is spread over devices by `DataParallel`"
     named_modules(model)
     refuse_compiled(model, "so what it runs cannot be changed from outside: train it uncompiled, or without fusion.")
-    if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in model.modules()):
+    if is_spread(model):
         raise ValueError("`DataParallel` copies the model in each step, which cannot be fused: use `DistributedDataParallel`.")
 
 @contextmanager
@@ -123,6 +122,6 @@ def kept_bytes(
     sizes,own = {},{p.untyped_storage().data_ptr() for p in model.parameters()}
     def pack(t):
         sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+        return t.detach() # an output that is kept with its own graph would never go
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): model(*inputs)
     return sum(size for storage,size in sizes.items() if storage not in own)

@@ -22,14 +22,13 @@ __all__ = ['DTYPES', 'precomputed']
 # %% ../../nbs/head/10_precompute.ipynb #b414ee0d
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Integral
 
 import torch
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from torch import nn
 
-from ..utils.batches import memory_for, tensors_in, with_progress
+from ..utils.batches import is_int, memory_for, tensors_in, with_progress
 from ..utils.ranks import in_rounds, on_all_ranks, ranks_here, this_rank
 from ..utils.tensors import fingerprints
 from .part import N_TRIED, FrozenPart, frozen_part
@@ -42,7 +41,7 @@ from .store import Store
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def _check_arguments(n_aug, dtype):
-    if n_aug is not None and (not isinstance(n_aug, Integral) or isinstance(n_aug, bool) or n_aug < 1):
+    if n_aug is not None and not is_int(n_aug, 1):
         raise ValueError(f"`n_aug` is how many versions of each training sample to keep: 1 or more, or None, not {n_aug!r}.")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"Features cannot be kept as {dtype!r}: choose one of {', '.join(map(str, DTYPES))}, or None for as they come.")

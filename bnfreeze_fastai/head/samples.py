@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..utils.batches import tensors_in
 from .drawing import Undrawn, UndrawnDataset, crops, forget_normal, random_transforms, refuse_random
-from .loaders import batch_size, check_loader, in_order, n_samples
+from ..utils.loaders import batch_size, check_loader, in_order, n_samples
 from ..utils.restore import kept_rng
 from .source import Contents, batch_makers, dataset_name, has_own_batches, name_of, pipelines, source, split_of
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 
 from ..utils.batches import tensors_in
 from ..utils.ranks import callback_named, on_ranks_of
-from .loaders import index_batches, undivided
+from ..utils.loaders import index_batches, undivided
 from .source import same_source, source
 from .part import FrozenPart, WatchFrozen, refuse_setting
 from .resume import noted, unmarked

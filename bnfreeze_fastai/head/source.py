@@ -20,7 +20,7 @@ from xxhash import xxh3_128_digest
 
 from ..utils.batches import tensors_in
 from ..utils.tensors import fingerprints
-from .loaders import n_samples
+from ..utils.loaders import n_samples
 
 # %% ../../nbs/head/05_source.ipynb #504e9506
 _EVENTS = ('after_item', 'before_batch', 'after_batch')

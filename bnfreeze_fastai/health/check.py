@@ -15,7 +15,6 @@ __all__ = ['CHECKS', 'unseen']
 # %% ../../nbs/health/05_check.ipynb #9edc2bb7
 from collections.abc import Callable
 from math import inf
-from numbers import Integral
 
 from fastai.learner import Learner
 from fastcore.basics import patch
@@ -25,7 +24,7 @@ from .report import BatchNormCheck, Finding
 from .setup import Setup, look_at, with_optimizer
 from .statistics import LIMITS, STATISTICS
 from ..stats.momentum import steps_until
-from ..utils.batches import wrong
+from ..utils.batches import is_int, wrong
 
 # %% ../../nbs/health/05_check.ipynb #8dec4cd3
 def unseen(s:Setup) -> Finding|None:
@@ -55,7 +54,7 @@ def bn_check(self:Learner,
     epochs:int|None=None, # Of the planned fit, to compare its steps with the momentum; `ValueError` unless from 1 up
 ) -> BatchNormCheck: # One line per finding, the worst first; columns of `.df`: `severity`, `what`, `layers`, `why`, `remedy`
     "What about this Learner will hurt batch norm in the next fit, why, and the remedy; changes nothing"
-    if epochs is not None and (not isinstance(epochs, Integral) or isinstance(epochs, bool) or epochs < 1):
+    if epochs is not None and not is_int(epochs, 1):
         raise wrong('epochs', epochs, 'the number of epochs of the planned fit, from 1 up, or None')
     with with_optimizer(self):
         setup = look_at(self, epochs)

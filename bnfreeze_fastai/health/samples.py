@@ -14,7 +14,7 @@ from fastai.data.load import DataLoader
 from torch.utils.data import BatchSampler, DataLoader as TorchLoader, RandomSampler, SequentialSampler, SubsetRandomSampler
 from torch.utils.data import WeightedRandomSampler
 
-from ..head.loaders import in_order
+from ..utils.loaders import in_order
 
 # %% ../../nbs/health/09_samples.ipynb #89c4a9d7
 def shuffled(

@@ -21,7 +21,7 @@ from torch import Tensor, distributed as dist, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..holds import Temporary, recomputes
-from ..layers import refuse_compiled, stats_buffers
+from ..layers import is_spread, refuse_compiled, stats_buffers
 from .moments import Moments, pool
 from ..utils.devices import has_float64
 from ..utils.ranks import is_distributed
@@ -127,7 +127,7 @@ class StepStats(Temporary):
     ) -> Iterator[StepStats]:
         "Within the block, update the statistics of these layers once a step"
         refuse_compiled(model, "which goes round what collects the statistics of a step: compile it afterwards.")
-        if any(isinstance(m, nn.DataParallel) and len(m.device_ids) > 1 for m in model.modules()): _refuse_spread()
+        if is_spread(model): _refuse_spread()
         self.layers = {l: n for n,l in layers.items()}
         self.pending = {k: call for k,call in self.pending.items() if k[0] in self.layers}
         with ExitStack() as stack:

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['wrong', 'no_batches', 'check_batches', 'check_passes', 'model_inputs', 'tensors_in', 'check_device', 'memory_for',
-           'with_progress']
+__all__ = ['is_int', 'wrong', 'no_batches', 'check_batches', 'check_passes', 'model_inputs', 'tensors_in', 'check_device',
+           'memory_for', 'with_progress']
 
 # %% ../../nbs/utils/04_batches.ipynb #aa1afc49
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
+from math import inf
 from numbers import Integral, Number, Real
 from typing import Any
 
@@ -23,6 +24,13 @@ from torch.utils.data import Dataset, IterableDataset
 from .devices import free_memory
 
 # %% ../../nbs/utils/04_batches.ipynb #a3bc74bc
+def is_int(
+    value, # Anything
+    least:float=-inf,
+) -> bool:
+    "Whether `value` is an integer of any type, from `least` up, and not True or False"
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
 def wrong(
     name:str, # Of an argument
     value, # That was given for it
@@ -61,7 +69,7 @@ def check_passes(
     "Raise `ValueError` if a pass over `batches` with these settings is impossible"
     check_batches(batches)
     for name,n,all_of in (('n_batches', n_batches, 'all batches'), ('n_inp', n_inp, 'all elements but the last')):
-        if n is not None and (not isinstance(n, Integral) or isinstance(n, bool) or n < 1):
+        if n is not None and not is_int(n, 1):
             raise ValueError(f"`{name}` is {n!r}: give a whole number from 1 up, or None for {all_of}.")
 
 # %% ../../nbs/utils/04_batches.ipynb #c45c1ebc

@@ -11,7 +11,6 @@ __all__ = ['as_in_fit', 'batches_of']
 # %% ../../nbs/utils/05_in_fit.ipynb #19a0975f
 from collections.abc import Iterable, Iterator
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from fastai.learner import Learner
 from fastai.torch_core import to_device
 from torch import Tensor
 
-from .batches import check_batches, wrong
+from .batches import check_batches, is_int, wrong
 
 # %% ../../nbs/utils/05_in_fit.ipynb #1cefb64b
 def _plain(x):
@@ -50,7 +49,7 @@ def batches_of(
     n = len(getattr(learn.dls, 'loaders', []))
     if dl is not None: check_batches(dl, 'dl')
     else:
-        if not isinstance(ds_idx, Integral) or isinstance(ds_idx, bool):
+        if not is_int(ds_idx):
             raise wrong('ds_idx', ds_idx, 'the number of a dataset of the Learner', 'give a loader as `dl=…`')
         if not -n <= ds_idx < n:
             raise ValueError(f"`ds_idx` is {ds_idx!r}, but this Learner has {n} datasets: choose from {-n} to {n-1}, "

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch, warm
 from conftest import on_linux
 from fastai.callback.core import Callback
+from fastai.callback.tracker import SaveModelCallback
 from fastai.data.core import DataLoaders
+from fastai.learner import AvgMetric
 from learners import make_dls, make_learner
 from torch.utils.data import DataLoader
 
@@ -242,6 +244,35 @@ def test_functions_are_given_a_frozen_learner():
     for n in (-1, 0):
         bn_compare(get_learner, {'a': look}, 1, 1, 'fit', freeze_to=n)
         assert found['trains'] == [n == 0] * 2
+
+
+def test_metrics_of_one_name_are_told_apart():
+    def always(pred, y, value):
+        return torch.tensor(value)
+
+    metrics = [AvgMetric(partial(always, value=v)) for v in (0.25, 0.5, 0.75)]
+    for m in metrics:
+        m.func.func.__name__ = 'always'
+    compared = bn_compare(partial(get_learner, metrics=metrics), ['train'], 1, 1, 'fit')
+    assert compared.final[['always', 'always_2', 'always_3']].to_numpy().tolist() == [[0.25, 0.5, 0.75]] and compared.score == 'always'
+
+
+@pytest.mark.parametrize('model_dir', ['models', Path('models').absolute()])
+def test_no_run_sees_or_overwrites_what_another_has_saved(model_dir):
+    def learner():
+        return get_learner(path=Path('.'), model_dir=model_dir, cbs=SaveModelCallback(monitor='train_loss'))
+
+    Path('models').mkdir()
+    Path('models/model.pth').write_bytes(b'mine')
+    found = []
+
+    def saves(learn, epochs):
+        found.append((learn.path / learn.model_dir / 'model.pth').exists())
+        learn.fit(epochs)
+        found.append((learn.path / learn.model_dir / 'model.pth').exists())
+
+    bn_compare(learner, ['train', 'frozen'], 1, 1, saves, 0)
+    assert found == [False, True] * 2 and Path('models/model.pth').read_bytes() == b'mine'
 
 
 @pytest.mark.parametrize(

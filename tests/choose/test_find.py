@@ -14,7 +14,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper, ranger, SGD
-from fastai.torch_core import set_seed
+from fastai.torch_core import params, set_seed
 from learners import bits, body_and_head, make_dls, make_learner, two_groups
 from torch import nn
 from torch.nn import functional as F
@@ -217,6 +217,21 @@ def test_fine_tune_is_a_phase_of_its_own_at_any_freeze_point():
         assert (found.by_rule, found.freeze_to) == ('affine-only', -1) and found.table.set_index('policy')[
             'alone'
         ].to_dict() == alone.to_dict()
+
+
+@pytest.mark.parametrize('fit,lr', [('fine_tune', None), ('fit_one_cycle', slice(1e-5, 1e-3))])
+def test_slices_over_three_groups_are_the_phase_of_fine_tune(fit, lr):
+    learn = make(splitter=lambda m: [params(m[0][:2]), params(m[0][2:]), params(m[1])])
+    assert find(learn, epochs=10, fit=fit, lr=lr).by_rule == 'affine-only'
+
+
+def test_an_optimizer_that_was_made_for_the_model_is_refused():
+    learn = make()
+    learn.opt_func = OptimWrapper(opt=torch.optim.AdamW(learn.model.parameters()))
+    everything = Everything(learn)
+    with pytest.raises(ValueError, match='made beforehand.*partial'):
+        find(learn)
+    assert not everything.changed()
 
 
 class Raises(Callback):

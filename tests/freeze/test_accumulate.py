@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bnfreeze_fastai.all import BatchNormFreeze, BatchNormRecalibrate
 from bnfreeze_fastai.core import held_stats
+from bnfreeze_fastai.holds import holds_on
 from bnfreeze_fastai.layers import norm_layers, stats_buffers
 from bnfreeze_fastai.stats.accumulate import StepStats
 
@@ -680,8 +681,9 @@ def test_beside_re_estimation(keep):
 def test_compiled_and_spread_models_are_refused():
     learn = learner(first_layer(), 4)
     learn.model = torch.compile(learn.model, backend='eager')
-    with pytest.raises(ValueError, match='compile it afterwards'):
-        learn.fit(1, cbs=BatchNormFreeze(accumulate=True))
+    with pytest.raises(ValueError, match='compile it afterwards') as told:  # a traceback keeps what it has seen
+        learn.fit(1, cbs=BatchNormFreeze('stats-only', 'affine-only', accumulate=True))
+    assert told.tb is not None and not any(holds_on(l) for l in norm_layers(learn.model).values())
     spread = nn.DataParallel(first_layer())
     spread.device_ids = [0, 1]
     for model in (spread, nn.Sequential(spread)):

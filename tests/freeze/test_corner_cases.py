@@ -1,12 +1,13 @@
 "Corner cases that once went wrong: who owns a freeze point, a hold, a splitter or a flag when several hands change them"
 
 import warnings
+from contextlib import nullcontext
 from copy import copy
 
 import fastai.callback.schedule
 import pytest, torch
 from conftest import Body, loads_without_this_package, may_move
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException
 from fastai.learner import load_learner
 from fastai.torch_core import params, trainable_params
 from learners import bits, body_and_head, make_learner, OPTIMIZERS, same, two_groups
@@ -15,6 +16,9 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from bnfreeze_fastai.core import hold_bn_mode, set_bn_mode
 from bnfreeze_fastai.freeze.callback import active_callback, BatchNormFreeze
+from bnfreeze_fastai.freeze.drift import BatchNormDrift
+from bnfreeze_fastai.freeze.fuse import BatchNormFuse
+from bnfreeze_fastai.freeze.recalibrate import BatchNormRecalibrate
 from bnfreeze_fastai.holds import holds_on
 from bnfreeze_fastai.layers import bn_layers, norm_layers
 
@@ -471,13 +475,44 @@ def held(learn):
     return [name for name, layer in norm_layers(learn.model).items() if holds_on(layer)]
 
 
-def test_a_callback_added_once_more_lets_go_of_an_interrupted_fit_at_once():
-    learn = make_learner(cbs=BatchNormFreeze(bn_above='affine-only'))
+@pytest.mark.parametrize(
+    'kind,counts', [(BatchNormFreeze, True), (BatchNormDrift, True), (BatchNormFuse, False), (BatchNormRecalibrate, False)]
+)
+def test_a_callback_that_is_passed_to_a_fit_of_its_learner_stays_in_it(kind, counts):
+    learn = make_learner(cbs=[cb := kind()])
+    before, splitter = list(learn.cbs), learn.splitter
+    with pytest.raises(ValueError, match=f'has this {kind.__name__} already') if counts else nullcontext():
+        learn.fit_one_cycle(1, cbs=cb)
+    assert list(learn.cbs) == before and cb.learn is learn and learn.splitter == splitter
     learn.fit(1)
-    with pytest.raises(KeyboardInterrupt):
-        learn.fit(1, cbs=At('after_pred', stop))
-    assert held(learn)
-    learn.add_cb(active_callback(learn))
+    learn.add_cb(cb)
+    learn.remove_cb(cb)
+    assert list(learn.cbs) == before and cb.learn is learn
+    learn.remove_cb(kind)
+    assert cb.learn is None and held(learn) == [] and learn.splitter is two_groups
+
+
+def test_bad_globs_passed_to_a_fit_leave_no_other_callback_behind():
+    learn = make_learner()
+    before = list(learn.cbs)
+    for bad in (BatchNormFreeze({'nowhere.*': 'train'}), BatchNormFreeze(schedule={0.5: dict(bn={'nowhere.*': 'train'})})):
+        with pytest.raises(ValueError, match='nowhere'):
+            learn.fit_one_cycle(1, cbs=[At('after_pred', stop), bad])
+        assert list(learn.cbs) == before and learn.splitter is two_groups and bad.learn is None
+        with pytest.raises(ValueError, match='nowhere'):
+            make_learner(cbs=bad)
+
+
+def test_a_batch_that_is_cancelled_before_the_callback_sees_it():
+    class Cancels(Callback):
+        order = -20
+
+        def before_batch(self):
+            if self.training and self.iter == 0:
+                raise CancelBatchException()
+
+    learn = make_learner(cbs=BatchNormFreeze('train'))
+    learn.fit(1, cbs=Cancels())
     assert held(learn) == []
 
 

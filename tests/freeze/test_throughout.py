@@ -308,6 +308,41 @@ def test_what_freeze_to_bn_freezes_stays_so_unless_told_otherwise(given, kept):
     assert modes == {given.get('bn', 'frozen') if kept else 'train'}
 
 
+@pytest.mark.parametrize(
+    'first',
+    [
+        lambda learn: learn.freeze_to_bn(0),
+        lambda learn: learn.freeze_to_bn(0).freeze_to_bn(0, bn='affine-only'),
+        lambda learn: learn.convert_bn(layers='0.1'),
+        lambda learn: load_learner(learn.freeze_to_bn(0).export('e.pkl') or 'e.pkl', cpu=True),
+    ],
+    ids=['nothing', 'twice', 'converted', 'loaded'],
+)
+def test_the_first_call_that_freezes_something_decides_whatever_came_before(first):
+    learn = pretrained()
+    dls = learn.dls
+    learn = first(learn) or learn
+    learn.dls = dls
+    learn.freeze_to_bn(-1, bn='frozen').unfreeze()
+    assert {m for n, m in modes_in_force(learn).items() if n.startswith('0.')} == {'frozen'}
+
+
+def test_what_was_decided_stays():
+    for how in (dict(throughout=False), dict(bn_above='train')):
+        learn = pretrained().freeze_to_bn(0, **how).freeze_to_bn(-1)
+        learn.unfreeze()
+        assert {*modes_in_force(learn).values()} == {'train'}
+    learn = pretrained(cbs=BatchNormFreeze()).freeze_to_bn(-1)
+    learn.unfreeze()
+    assert {*modes_in_force(learn).values()} == {'train'}, "a callback of one's own says it itself"
+
+
+def test_a_dict_is_as_for_freeze_to_bn():
+    for how, kept in ((dict(bn='affine-only'), True), (dict(bn='affine-only', bn_above='train'), False), (dict(throughout=False), False)):
+        policy = check_policies({'mine': how})['mine']
+        assert policy.throughout == kept == active_callback(pretrained().freeze_to_bn(-1, **how)).bn_policy.throughout
+
+
 def test_freezing_nothing_holds_nothing_and_a_mode_for_all_that_trains_wins():
     learn = pretrained().freeze_to_bn(0)
     assert {*modes_in_force(learn).values()} == {'train'}

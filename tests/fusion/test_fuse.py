@@ -1,6 +1,6 @@
 "Convolution and batch norm on fixed statistics as one: outputs and gradients are those of the two"
 
-import pickle
+import pickle, weakref
 from contextlib import nullcontext
 from copy import copy, deepcopy
 from functools import partial
@@ -469,6 +469,25 @@ def test_what_is_kept_is_halved(mode):
         fused = kept_bytes(model, x)
     one = 4 * 16 * 32 * 32 * 4  # bytes of one activation
     assert plain >= 8 * one and fused < 4.5 * one
+
+
+def test_what_is_counted_is_not_kept_for_good():
+    class Marks(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x, mark: setattr(ctx, 'mark', mark) or x.clone())
+        backward = staticmethod(lambda ctx, grad: (grad, None))
+
+    class Marked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            mark = nn.Identity()
+            self.gone = weakref.ref(mark)
+            return Marks.apply(self.weight * x, mark).relu()
+
+    model = Marked()
+    assert kept_bytes(model, torch.randn(2, 3)) and model.gone() is None
 
 
 def test_what_autograd_does_not_need_is_not_kept():

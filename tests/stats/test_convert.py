@@ -43,12 +43,11 @@ def test_computes_what_it_computed_and_lets_the_body_train(n):
     before, head = outputs(learn), bits(learn.model[1].state_dict().values())
     assert learn.convert_bn(dl=data(learn)) is learn
     assert close(outputs(learn), before) and same(head, learn.model[1].state_dict().values())
-    assert active_callback(learn).bn_policy == Policy('train', 'stats-only') and learn.opt.frozen_idx == n % 2
+    assert active_callback(learn).bn_policy == Policy('train', 'stats-only', throughout=True) and learn.opt.frozen_idx == n % 2
     assert (learn.bn_shift(dl=data(learn)).query('layer == "0.1"').kl < 1e-9).all()
-    mode = 'train' if n else 'stats-only'
-    assert learn.bn_summary().df['mode'].tolist() == [mode, mode, 'stats-only']
+    assert learn.bn_summary().df['mode'].tolist() == ['train', 'train', 'stats-only']
     assert (learn.bn_summary().df[['stats_moved', 'affine_moved']] == 0).all(axis=None)  # counted from here
-    assert [p.requires_grad for p in learn.model[0][1].parameters()] == [bool(n)] * 2
+    assert all(p.requires_grad for p in learn.model[0][1].parameters())
     learn.fit(1)
 
 
@@ -69,6 +68,14 @@ def test_a_glob_converts_some_and_keeps_the_rest_of_the_policy():
     learn = pretrained().freeze_to_bn(-1, bn={'0.1': 'frozen', '0.4': 'stats-only'})
     learn.convert_bn(dl=data(learn), layers='0.1')
     assert learn.bn_summary().df['mode'].tolist() == ['train', 'stats-only', 'train']
+
+
+@pytest.mark.parametrize('layers', [None, '0.*'])
+def test_what_is_converted_trains_whatever_the_mode_of_what_trains(layers):
+    learn = pretrained().freeze_to_bn(0, bn_above='affine-only').convert_bn(layers=layers)
+    assert learn.bn_summary().df['mode'].tolist() == ['train', 'train', 'affine-only']
+    learn.fit(1)
+    assert learn.bn_summary().df['stats_moved'].gt(0).tolist() == [True, True, False]
 
 
 def test_throughout_stays():

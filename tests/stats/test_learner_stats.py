@@ -1,6 +1,6 @@
 "Running statistics through a Learner: `recalibrate_bn`, `bn_shift`, snapshots, drift and its record"
 
-import pickle, random
+import gc, pickle, random
 
 import fastai.callback.schedule
 import numpy as np, pandas as pd, pytest, torch
@@ -278,6 +278,25 @@ def test_drift_of_one_fit():
     learn.fit(2, cbs=record)
     assert not any(cb is record for cb in learn.cbs) and len(record.epochs) == 2
     assert len(record.plot_bn_drift().lines) == 2
+
+
+def test_a_record_goes_on_in_its_learner_and_begins_anew_in_another():
+    record, first, second = BatchNormDrift(), trained(), trained()
+    first.fit(1, cbs=record)
+    first.fit(1, cbs=record)
+    assert len(record.epochs) == 2
+    start = second.bn_snapshot()
+    second.fit(1, cbs=record)
+    pd.testing.assert_frame_equal(record.df[DRIFT], second.bn_drift(start))
+    del first, second
+    gc.collect()
+    third = trained()
+    third.fit(1, cbs=record)
+    assert len(record.epochs) == 1
+    third.add_cb(record)
+    third.export('e.pkl')
+    loaded = load_learner('e.pkl')
+    assert len(loaded.batch_norm_drift.epochs) == 1
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, OSError])
