@@ -39,6 +39,7 @@ def path_of(data, folder):
 def run_cell(cell, policies, seeds, options, results=None):
     "The last epoch of every run of a cell"
     how = {k: cell[k] for k in KEYS[:5]} | dict(data=path_of(cell['data'], options.images), weights=options.weights, device=options.device)
+    how['thirds'] = cell['trains'].endswith('thirds')
     fit, freeze_to, _ = FITS[cell['trains']]
     train = dict(epochs=EPOCHS[cell['n_images']], fit=fit, freeze_to=freeze_to, lr=learning_rate(cell['trains'], cell['rate']))
     runs = bn_compare(partial(get_learner, **how), {p: POLICIES[p] for p in policies}, seeds=seeds, results=results, settings=cell, **train)

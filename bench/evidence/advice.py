@@ -11,12 +11,12 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from bnfreeze_fastai.choose.rules import BESIDE, REFERENCE, TRIED, advantages, choose, features
+from bnfreeze_fastai.choose.rules import BESIDE, REFERENCE, TRIED, advantages, choose, expected_gains, features
 
 from .grid import KEYS
 
 HERE = Path(__file__).parent
-PHASE = {'head': 'head', 'fine_tune': 'fine_tune', 'slice': 'fine_tune', 'full': 'full'}
+PHASE = {'head': 'head', 'fine_tune': 'fine_tune', 'fine_tune in thirds': 'fine_tune', 'slice': 'fine_tune', 'full': 'full'}
 OTHERS = {'head': ('fastai', 'frozen', 'converted'), 'fine_tune': ('fastai', 'frozen', 'converted'), 'full': ('fastai', 'converted')}
 ALPHAS = np.logspace(-1, 3, 9)
 LEVEL = 0.8
@@ -89,13 +89,13 @@ def _half_widths(part, phase, said):
 
 
 def suggestions(df, advice):
-    "What `bn_find` would say of each run: `policy`, `gain` and `half_width`, in points"
+    "What `bn_find` would say of each run: `policy`, and `gain`, `low` and `high` in points"
 
     def one(run):
-        ahead = advantages(run['phase'], run['bs'], run['trials'], advice)
-        policy = choose(ahead, run['phase'], run['bs'], run['trials'])
-        half = advice[run['phase']]['half_width'].get(policy, {}).get('tried' if run['trials'] else 'alone', 0)
-        return dict(policy=policy, gain=100 * (ahead[policy] - ahead['fastai']), half_width=100 * half)
+        how = run['phase'], run['bs'], run['trials']
+        policy = choose(advantages(*how, advice), *how)
+        gains = expected_gains(*how, advice).set_index('policy').loc[policy]
+        return dict(policy=policy, gain=gains['expected'], low=gains['low'], high=gains['high'])
 
     return pd.DataFrame([one(run) for _, run in df.iterrows()], index=df.index)
 

