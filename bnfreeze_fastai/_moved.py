@@ -18,7 +18,7 @@ MODULES = { # of 0.1, to those that have their names now
     'core': 'layers holds sync',
     'cut': 'head.cut head.calls head.resume',
     'deferred': 'fusion.lazy',
-    'differences': 'choose.differences',
+    'differences': 'choose.differences utils.tables',
     'drift': 'freeze.drift',
     'find': 'choose.find',
     'finite': 'freeze.finite',

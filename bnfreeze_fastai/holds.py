@@ -12,7 +12,7 @@ __all__ = ['recomputes', 'Temporary', 'Hold', 'hold_of', 'holds_on', 'clean_copi
 import threading
 from collections import OrderedDict
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from weakref import WeakSet, ref
 
@@ -152,7 +152,7 @@ def _without_temporary(attrs:dict, module:nn.Module) -> dict:
     return attrs | {'_bn_holds': lasting, **_overrides(module, lasting)} if lasting else attrs
 
 def _made_with_mode(make, args):
-    _lasting_layers.add(layer := make(*args))
+    _remember(layer := make(*args))
     return layer
 
 def _reduced(module:nn.Module, protocol:int) -> tuple:
@@ -168,7 +168,7 @@ def _deepcopied(module:nn.Module, memo:dict) -> nn.Module:
     attrs = _without_temporary(vars(copied), copied)
     vars(copied).clear()
     vars(copied).update(attrs)
-    if holds_on(copied): _lasting_layers.add(copied)
+    if holds_on(copied): _remember(copied)
     return copied
 
 # %% ../nbs/01_holds.ipynb #7d7bf3b4
@@ -177,7 +177,12 @@ def _follow(module, name, buffer) -> None:
     owner = next((l for l in list(_lasting_layers) if l is not module and keeps_stats(l) and l.running_mean is buffer), None)
     if owner is not None: set_lasting(module, next((h.mode for h in holds_on(owner) if h.lasting), 'train'))
 
-register_module_buffer_registration_hook(_follow)
+@cache
+def _follow_all() -> None: register_module_buffer_registration_hook(_follow)
+
+def _remember(layer:nn.Module) -> None:
+    _follow_all()
+    _lasting_layers.add(layer)
 
 def set_lasting(
     layer:nn.Module, # A norm layer
@@ -185,7 +190,7 @@ def set_lasting(
 ) -> None:
     "Set `mode` for good, below what is held for a while"
     put_holds(layer, [Hold(mode, lasting=True)]*(mode != 'train') + [h for h in holds_on(layer) if not h.lasting])
-    (_lasting_layers.discard if mode == 'train' else _lasting_layers.add)(layer)
+    (_lasting_layers.discard if mode == 'train' else _remember)(layer)
 
 # %% ../nbs/01_holds.ipynb #d950db8f
 class Hold01(Hold):

@@ -22,11 +22,12 @@ from fastai.learner import Learner
 from matplotlib.figure import Figure
 
 from ..utils.batches import is_int, with_progress, wrong
-from .differences import paired_differences, table_html, table_text
+from .differences import paired_differences
 from .parallel import as_they_end
 from ..plots import plot_differences, plot_scores
 from .policies import Policies, check_policies, in_words, is_function, put_policy
 from ..utils.restore import kept_rng
+from ..utils.tables import paragraphs, table_html, table_text
 from .results import COLUMNS, Results
 from .runs import FITS, Fit, as_seeds, check_epochs, check_lr, n_batches, new_learner, run_policy, weights_hash
 
@@ -81,7 +82,7 @@ class Comparison:
     def __repr__(self) -> str:
         return '\n\n'.join(f'{title}\n\n{table_text(df)}' for title,df in self.tables())
     def _repr_html_(self) -> str:
-        return ''.join(table_html(title, df) for title,df in self.tables())
+        return ''.join(paragraphs(title) + table_html(df) for title,df in self.tables())
 
 # %% ../../nbs/choose/06_compare.ipynb #e6d6c247
 def check_training(

@@ -10,10 +10,9 @@ Two policies trained from the same weights on the same batches share most of the
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['paired_differences', 'table_text', 'table_html']
+__all__ = ['paired_differences']
 
 # %% ../../nbs/choose/03_differences.ipynb #52d3d364
-from html import escape
 from itertools import combinations
 
 import numpy as np, pandas as pd
@@ -42,19 +41,3 @@ def paired_differences(
         return dict(a=a, b=b, difference=d.mean() if len(d) else np.nan, low=low, high=high, seeds=len(d), verdict=_verdict(d, low, high))
     columns = ['a', 'b', 'difference', 'low', 'high', 'seeds', 'verdict']
     return pd.DataFrame([compare(*pair) for pair in pairs], columns=columns)
-
-# %% ../../nbs/choose/03_differences.ipynb #b4204b2c
-_NUMBERS = dict(index=False, float_format='{:.3g}'.format, na_rep='-')
-
-def table_text(
-    df:pd.DataFrame, # Any table
-) -> str:
-    "`df` as text, three digits"
-    return df.to_string(**_NUMBERS)
-
-def table_html(
-    title:str, # Any text
-    df:pd.DataFrame, # Any table
-) -> str:
-    "`title` and `df` for a notebook, three digits; whatever they say is text, not markup"
-    return f'<p>{escape(title, quote=False)}</p>' + df.to_html(notebook=False, border=0, **_NUMBERS)

@@ -28,7 +28,6 @@ from matplotlib.figure import Figure
 from ..utils.batches import with_progress
 from .compare import check_training
 from ..layers import bn_layers, keeps_stats, norm_layers
-from .differences import table_html, table_text
 from ..head.part import refuse_setting
 from ..utils.loaders import batch_size, check_loader, n_samples
 from ..plots import plot_gains
@@ -36,6 +35,7 @@ from .policies import put_policy
 from ..freeze.groups import Groups, frozen_groups, pretrained_norms
 from ..utils.ranks import trains_distributed
 from ..utils.restore import kept_rng
+from ..utils.tables import paragraphs, table_html, table_text
 from .rules import TRIED, advantages, choose, expected_gains, phase_of, rule
 from .runs import n_batches
 from .trials import VALID, FullRun, Trial, few_samples, scores, short_fit, trial_copy, try_policy
@@ -80,7 +80,7 @@ class Found(NamedTuple):
                 f"It took {self.seconds:.0f} s{cost}. To set it: found.apply(learn).")
 
     def __repr__(self) -> str: return f'{self._words()}\n\n{table_text(self.table)}'
-    def _repr_html_(self) -> str: return table_html(self._words(), self.table)
+    def _repr_html_(self) -> str: return paragraphs(self._words()) + table_html(self.table)
 
     def apply(self,
         learn:Learner, # The Learner that was searched, or one like it

@@ -123,8 +123,8 @@ class BatchNormFreeze(OneLearner):
         if self.fit_now is not None: self.fit_now.cancel()
     after_cancel_fit = after_cancel_epoch
     def after_validate(self) -> None:
-        "From here on, the model has its own weights again"
-        if self.fit_now is not None and self._in_force(): self.fit_now.validated = True
+        "The model has its own weights again"
+        if self.fit_now is not None and self._in_force(): self.fit_now.end_validation()
     def after_epoch(self) -> None:
         "Compare once more: after the last epoch, nobody else would see what a callback wrote after the training part"
         if self.fit_now is not None and self._in_force(): self.fit_now.end_epoch(last=self.learn.epoch+1 == self.learn.n_epoch)

@@ -11,7 +11,7 @@ __all__ = ['FiniteStats']
 # %% ../../nbs/freeze/04_finite.ipynb #6ca2c80c
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..layers import stats_buffers, updates_stats

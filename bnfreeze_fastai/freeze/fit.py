@@ -25,7 +25,7 @@ from .guard import Fixed, Guard, fingerprints_of, other_buffers
 from ..layers import MODES, affine_params, is_compiled, norm_layers, norm_params
 from .policy import Policy
 from ..utils.ranks import is_distributed
-from .stages import Stages
+from .stages import Stages, refuse_to_change_what_trains
 from ..stats.accumulate import StepStats
 
 # %% ../../nbs/freeze/08_fit.ipynb #1e775165
@@ -39,26 +39,23 @@ class Fit:
     ):
         self.at,self.stages,self.verify = at,stages,verify
         self.flags = {p: (p.requires_grad, p.grad) for p in norm_params(at.learn.model)} # put back if it was no fit
-        self.guard,self.frozen,self.others = None,at.point.look(at.groups(), at.learn.opt),None
+        self.guard,self.frozen,self.phase = None,at.point.look(at.groups(), at.learn.opt),'announced' # see the table
         self.log:dict[float, tuple[int, int]] = {} # fraction of the fit to the epoch and batch in which its change came
         self.epoch,self.batch,self.n_batches = 0,0,1
-        self.trains,self.pending = False,False # has an epoch begun, and has its first batch yet to come?
-        self.compared,self.validated,self.cancelled = True,False,False # how far the epoch is: is what is fixed compared?
         self.anew = False # was a policy set since modes were put onto the tensors?
+        self.others:dict[str, bytes] = {} # fingerprints of buffers that no mode governs, to compare after the first epoch
         self.counts,self.told,self.accumulate,self.steps = Counter(),set(),accumulate,StepStats()
-        if is_distributed(): self.refuse_to_change_what_trains()
+        if is_distributed(): refuse_to_change_what_trains(stages, self.trained_by)
+
+    @property
+    def trains(self) -> bool: return self.phase != 'announced'
 
     def modes(self, policy:Policy|None=None) -> dict[str, str]: return self.at.modes(policy or self.stages.policy)
 
-    def refuse_to_change_what_trains(self) -> None:
-        "Raise `ValueError` for a schedule that `DistributedDataParallel` cannot follow"
-        layers,trained = norm_layers(self.at.learn.model),{}
-        for at,policy in self.stages.steps:
-            trained[at] = {n for n,mode in self.modes(policy).items() if MODES[mode].trains_affine and affine_params(layers[n])}
-            if changed := sorted(trained[at] ^ trained[0]):
-                raise ValueError(f"From {at} of the fit on, `schedule` changes whether weight and bias of {changed} are trained, which a "
-                                 "distributed fit cannot follow: change only the statistics there, or train the last part in a fit of its "
-                                 "own.")
+    def trained_by(self, policy:Policy) -> set[str]:
+        "The norm layers whose weight and bias `policy` trains"
+        layers = norm_layers(self.at.learn.model)
+        return {n for n,mode in self.modes(policy).items() if MODES[mode].trains_affine and affine_params(layers[n])}
 
     def announce(self) -> None:
         "Put the policy onto the tensors and hold the statistics, until it is known whether this is a fit"
@@ -95,10 +92,10 @@ def hold(self:Fit, modes:dict[str, str]) -> None:
 @patch
 def train(self:Fit) -> None:
     "An epoch trains: now this is a fit"
-    self.pending,self.validated = True,False
-    if self.trains: return
-    learn,self.trains,self.flags = self.at.learn,True,{}
-    self.at.applied = True
+    before,self.phase = self.phase,'pending'
+    if before != 'announced': return
+    learn,self.flags,self.at.applied = self.at.learn,{},True
+    self.others = fingerprints_of(learn.model, other_buffers(learn.model))
     self.at.point.observe(self.frozen, learn.opt)
     if any(isinstance(cb, BnFreeze) for cb in learn.cbs): warnings.warn(
         "fastai's `BnFreeze` is beside `BatchNormFreeze`: it puts frozen batch norm in eval mode whatever the policy says. "
@@ -111,10 +108,10 @@ def train(self:Fit) -> None:
 @patch
 def next_batch(self:Fit, n_batches:int, n_epochs:int) -> None:
     "Follow the schedule, and what other callbacks did since the last epoch"
-    if self.pending: self.batch,self.n_batches = 0,n_batches
+    if self.phase == 'pending': self.batch,self.n_batches = 0,n_batches
     else: self.batch += 1
     stage = self.stages.due((self.epoch + self.batch/self.n_batches) / n_epochs)
-    if stage != self.stages.now or self.pending: self.start(stage)
+    if stage != self.stages.now or self.phase == 'pending': self.start(stage)
     self.at.point.settle(self.at.point.flags) # without a walk through the model
     self.guard.finite.keep()
     self.steps.begin()
@@ -123,7 +120,7 @@ def next_batch(self:Fit, n_batches:int, n_epochs:int) -> None:
 def start(self:Fit, stage:int) -> None:
     "Hold what is fixed from here on, and note what it is: at the start of an epoch, or of a stage"
     before = {} if self.guard is None else self.guard.prints
-    if not self.compared or stage != self.stages.now or self.anew: self.guard.check()
+    if self.phase == 'batches' or stage != self.stages.now or self.anew: self.guard.check()
     off,groups = self.move(stage),self.at.groups()
     left_off = off if self.at.look(groups) == self.frozen and not self.anew else frozenset()
     if self.guard is not None: self.guard.fixed = Fixed() # what was fixed until now counts no longer
@@ -131,10 +128,9 @@ def start(self:Fit, stage:int) -> None:
     self.hold(modes)
     model = self.at.learn.model
     self.guard.note(model, fixed, self.verify, before)
-    self.anew,self.pending,self.compared = False,False,False
+    self.anew,self.phase = False,'batches'
     by_hand = told_of_hands(groups, self.frozen, self.stages.policy.throughout, pretrained_norms(groups, self.at.trained))
     for text in by_hand: self.at.warn_once(text)
-    if self.others is None: self.others = fingerprints_of(model, other_buffers(model))
 
 # %% ../../nbs/freeze/08_fit.ipynb #d4904275
 @patch
@@ -162,28 +158,31 @@ def put_back(self:Fit,
 @patch
 def compare(self:Fit) -> list[str]: # Names of other buffers of the frozen part that moved
     "Check that nothing fixed has moved in the training part of an epoch, and warn of what else came up in it"
-    if self.compared: return []
-    self.compared = True
+    if self.phase != 'batches': return []
+    self.phase = 'compared'
     self.guard.check()
     in_eval = None if 'eval' in self.told or any(isinstance(cb, BnFreeze) for cb in self.at.learn.cbs) else self.guard.told_in_eval()
     if in_eval:
         self.told.add('eval')
         warnings.warn(in_eval)
-    others,self.others = self.others or {},{}
+    others,self.others = self.others,{}
     return sorted(n for n,new in fingerprints_of(self.at.learn.model, others).items() if new != others[n])
+
+@patch
+def end_validation(self:Fit) -> None:
+    "The validation of an epoch is over: the model has its own weights again"
+    if self.phase == 'compared': self.phase = 'validated'
 
 @patch
 def end_epoch(self:Fit, last:bool) -> None:
     "The epoch is over: compare what was written since, unless the comparison of a later epoch will find it"
-    if self.guard is None or not self.compared or self.pending: return
-    if last and not self.cancelled: self.guard.check()
-    self.cancelled = False
+    if last and self.guard is not None and self.phase in ('compared', 'validated'): self.guard.check()
 
 @patch
 def cancel(self:Fit) -> None:
     "The epoch, or the fit after it, was cancelled"
-    if self.validated: self.guard.check()
-    else: self.cancelled = True # in a validation, other weights may be in the model
+    if self.phase == 'validated': self.guard.check()
+    elif self.phase == 'compared': self.phase = 'cancelled'
 
 @patch
 def finish(self:Fit) -> None:

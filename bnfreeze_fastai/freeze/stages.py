@@ -10,10 +10,10 @@ A schedule names, for each fraction, the side of the policy that changes from th
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['Schedule', 'check_schedule', 'stages', 'Stages', 'stages_of']
+__all__ = ['Schedule', 'check_schedule', 'stages', 'Stages', 'stages_of', 'refuse_to_change_what_trains']
 
 # %% ../../nbs/freeze/02_stages.ipynb #40aacf6d
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from numbers import Real
 from typing import Any
 
@@ -83,3 +83,14 @@ def stages_of(
 ) -> Stages:
     "The stages of its fits; `lr_find`, which compares the batches of one fit, has but one"
     return Stages(cb.bn_policy, {} if hasattr(cb.learn, 'lr_finder') else cb.schedule)
+
+# %% ../../nbs/freeze/02_stages.ipynb #5d1f7a03
+def refuse_to_change_what_trains(
+    stages:Stages,
+    trained_by:Callable[[Policy], Set[str]], # The names of the layers whose weight and bias a policy trains
+) -> None:
+    "Raise `ValueError` for a schedule that `DistributedDataParallel` cannot follow"
+    for at,policy in stages.steps:
+        if changed := sorted(trained_by(policy) ^ trained_by(stages.steps[0][1])):
+            raise ValueError(f"From {at} of the fit on, `schedule` changes whether weight and bias of {changed} are trained, which a "
+                             "distributed fit cannot follow: change only the statistics there, or train the last part in a fit of its own.")

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
-import torch, torch.nn.functional as F
+import torch.nn.functional as F
 from fastai.learner import Learner
 from torch import Tensor, nn
 

@@ -15,7 +15,6 @@ __all__ = ['BatchNormGap']
 # %% ../../nbs/health/11_gap.ipynb #a6697542
 import time
 from collections.abc import Iterator
-from html import escape
 from math import exp, isfinite, nan
 from typing import NamedTuple
 
@@ -33,10 +32,9 @@ from ..plots import plot_bn_gap
 from ..stats.distances import by_channel, compared
 from ..stats.measure import stored_stats
 from ..utils.batches import check_passes
+from ..utils.tables import paragraphs, table_html, table_text
 
 # %% ../../nbs/health/11_gap.ipynb #b543dea6
-_NUMBERS = dict(index=False, float_format='{:.3g}'.format, na_rep='-')
-
 class BatchNormGap(NamedTuple):
     "What `bn_gap` found; prints as text, in a notebook as tables"
     gap:float # Validation loss less training loss; without a validation set, what stored statistics cost on training samples
@@ -54,12 +52,10 @@ class BatchNormGap(NamedTuple):
         if len(self.layers): yield self.layers.dropna(subset='loss')
 
     def __repr__(self) -> str:
-        tables = [df.to_string(**_NUMBERS) for df in self._tables()]
-        return '\n\n'.join([self.title, self.verdict, *tables, '\n'.join(self.notes)])
+        return '\n\n'.join([self.title, self.verdict, *map(table_text, self._tables()), '\n'.join(self.notes)])
     def _repr_html_(self) -> str:
-        told = lambda *lines: ''.join(f'<p>{escape(line, quote=False)}</p>' for line in lines)
-        tables = ''.join(df.to_html(notebook=False, border=0, **_NUMBERS) for df in self._tables())
-        return told(self.title, *self.verdict.split('\n')) + tables + told(*self.notes)
+        told,notes = paragraphs(self.title, *self.verdict.split('\n')),paragraphs(*self.notes)
+        return told + ''.join(map(table_html, self._tables())) + notes
 
     def plot(self,
         ax:Axes|None=None, # Axes to draw into; made if not given

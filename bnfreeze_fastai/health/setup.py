@@ -21,7 +21,7 @@ from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..freeze.callback import BatchNormFreeze, active_callback
+from ..freeze.callback import active_callback
 from ..freeze.groups import Groups, frozen_by_hand
 from ..freeze.in_force import frozen_in_force, planned_modes
 from ..freeze.stages import stages

@@ -7,7 +7,7 @@ from copy import copy
 import fastai.callback.schedule
 import pytest, torch
 from conftest import Body, loads_without_this_package, may_move
-from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.core import Callback, CancelBatchException, CancelEpochException
 from fastai.learner import load_learner
 from fastai.torch_core import params, trainable_params
 from learners import bits, body_and_head, make_learner, OPTIMIZERS, same, two_groups
@@ -501,6 +501,21 @@ def test_bad_globs_passed_to_a_fit_leave_no_other_callback_behind():
         assert list(learn.cbs) == before and learn.splitter is two_groups and bad.learn is None
         with pytest.raises(ValueError, match='nowhere'):
             make_learner(cbs=bad)
+
+
+def test_an_epoch_that_is_cancelled_before_its_first_batch_hides_nothing_later():
+    class CancelsThenWrites(Callback):
+        def before_train(self):
+            if self.epoch == 0:
+                raise CancelEpochException()
+
+        def after_validate(self):
+            if self.epoch == 1:
+                self.model[0][0].weight.data.add_(1)
+
+    learn = make_learner().freeze_to_bn(-1)
+    with pytest.raises(RuntimeError, match='changed in the fit'):
+        learn.fit(2, cbs=CancelsThenWrites())
 
 
 def test_a_batch_that_is_cancelled_before_the_callback_sees_it():

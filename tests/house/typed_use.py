@@ -16,7 +16,6 @@ from typing_extensions import assert_type
 from bnfreeze_fastai import learner as methods
 from bnfreeze_fastai.all import *
 from bnfreeze_fastai.choose.compare import check_training
-from bnfreeze_fastai.choose.differences import table_html, table_text
 from bnfreeze_fastai.cli import main
 from bnfreeze_fastai.core import held_stats, set_affine, warn_unkept
 from bnfreeze_fastai.digits import colour, digit_images, digit_learner, pretrain, ResBlock, small_resnet, ValidateLast
@@ -55,6 +54,7 @@ from bnfreeze_fastai.stats.recalibrate import Drift
 from bnfreeze_fastai.stats.shift import BatchNormShift
 from bnfreeze_fastai.utils.ranks import all_ranks
 from bnfreeze_fastai.utils.tensors import fingerprint
+from bnfreeze_fastai.utils.tables import paragraphs, table_html, table_text
 
 
 def modes_in_plain_torch(model: nn.Module, layer: nn.BatchNorm2d):
@@ -220,7 +220,7 @@ def plots(runs: pd.DataFrame, drift: pd.DataFrame, ax: Axes):
     assert_type(BatchNormDrift().df, pd.DataFrame)
     assert_type(BatchNormDrift().plot_bn_drift(ax=ax), Axes)
     assert_type(plot_differences(paired_differences(runs, score='accuracy')), Axes)
-    assert_type(table_text(runs) + table_html('Runs', runs), str)
+    assert_type(table_text(runs) + paragraphs('Runs') + table_html(runs), str)
     plot_bn_drift(drift, ax='here')  # reportArgumentType
     plot_scores('runs.csv')  # reportArgumentType
 
