@@ -10,8 +10,8 @@ Nothing here needs fastai: `import bnfreeze_fastai.core` imports torch alone."""
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['NO_HOOKS', 'held_stats', 'unheeded', 'told_in_eval', 'warn_unkept', 'set_affine', 'set_bn_mode', 'bn_mode',
-           'hold_bn_mode']
+__all__ = ['NO_HOOKS', 'held_stats', 'unheeded', 'told_in_eval', 'warn_unkept', 'told_set', 'set_affine', 'set_bn_mode',
+           'bn_mode', 'hold_bn_mode']
 
 # %% ../nbs/02_core.ipynb #07161936
 import warnings
@@ -83,6 +83,16 @@ def warn_unkept(
     if broken: warnings.warn(f"The running statistics of {broken} are not finite, so these layers give NaN: load other weights, or "
                              "re-estimate them, as by `reset_running_stats()` and `recalibrate_bn`.", stacklevel=3)
     return [*dict.fromkeys(lacking + fresh + stuck + broken)]
+
+def told_set(
+    modes:Mapping[str, str], # Name of each norm layer to the mode that a policy gives it
+    layers:Mapping[str, nn.Module], # Name to norm layer
+) -> str|None: # None if there is nothing to tell
+    "What to say of layers on which `set_bn_mode` has set another mode than a policy gives them"
+    names = [n for n,mode in modes.items() if any(h.lasting and h.mode != mode for h in holds_on(layers[n]))]
+    if names: return (f"`set_bn_mode` has set other modes on {names} than the policy of the Learner, which counts in its fits. To keep "
+                      "yours, name these layers in the policy, as by `learn.freeze_to_bn(n, bn={'0.1': 'frozen'})`, or remove "
+                      "`BatchNormFreeze`.")
 
 # %% ../nbs/02_core.ipynb #f1d08dd4
 def set_affine(

@@ -38,7 +38,8 @@ from ..utils.restore import kept_rng
 from ..utils.tables import paragraphs, table_html, table_text
 from .rules import TRIED, advantages, choose, expected_gains, phase_of, rule
 from .runs import n_batches
-from .trials import VALID, FullRun, Trial, few_samples, scores, short_fit, trial_copy, try_policy
+from .scores import VALID, NotOneClass, few_samples, scores
+from .trials import FullRun, Trial, short_fit, trial_copy, try_policy
 
 # %% ../../nbs/choose/07_find.ipynb #23ca940b
 _SHARE,_SHORTEST = 0.4,4 # of the batches of one full run, for all trials; batches of a trial
@@ -121,7 +122,7 @@ def _check_loaders(learn:Learner):
 
 def _why_no_gain(trial:Learner) -> str|None: # In words; `None` for a task that the rows are about
     try: scores(trial, few_samples(trial, 2))
-    except ValueError as e: return f"{e}, and the gains that were measured are in accuracy."
+    except NotOneClass: return "the targets are not one class for each sample, and the gains that were measured are in accuracy."
 
 # %% ../../nbs/choose/07_find.ipynb #87ba7bf1
 def _announce(look:Learner, run:FullRun, names:tuple[str, ...], n:int):
@@ -138,20 +139,23 @@ def _trials(learn:Learner, look:Learner, run:FullRun, names:tuple[str, ...], sho
     if n < _SHORTEST: return {},f"The rule decided: a run of {run.batches} batches is too short to divide into trials.",nan
     if show: _announce(look, run, names, n)
     tried = {name: try_policy(learn, name, run, n, look.path) for name in with_progress(names, None, show)}
-    if not any(np.isfinite(t.loss) for t in tried.values()):
+    if not any(np.isfinite(t.score.loss) for t in tried.values()):
         raise RuntimeError("Every trial diverged: look at the loss on one batch, or give a smaller `lr`.")
     validations = run.epochs*max(n_samples(learn.dls.valid)/VALID, 1)
     seconds = max(t.train_seconds*run.batches/n + t.valid_seconds*validations for t in tried.values())
-    return tried,f"The rule, corrected by trials of {n} batches.",seconds
+    diverged = [name for name,t in tried.items() if not np.isfinite(t.score.loss)]
+    told = f" Diverged, so left out: {', '.join(map(repr, diverged))}." if diverged else ''
+    return tried,f"The rule, corrected by trials of {n} batches.{told}",seconds
 
 # %% ../../nbs/choose/07_find.ipynb #0f66f25c
 def _suggestion(phase:str, bs:int, tried:dict[str, Trial], tells_gain:bool) -> tuple: # The first fields of `Found`, and its table
-    accuracies = {name: t.accuracy for name,t in tried.items()}
-    table = expected_gains(phase, bs, accuracies)
+    accuracies = {name: t.score.accuracy for name,t in tried.items() if np.isfinite(t.score.loss)}
+    table = expected_gains(phase, bs, accuracies, n_valid=next((t.score.n for t in tried.values()), None))
     if not tells_gain: table[['alone', 'expected', 'low', 'high']] = nan
-    of_trials = pd.DataFrame([(name, t.loss, t.accuracy) for name,t in tried.items()], columns=['policy', 'loss', 'accuracy'])
+    of_trials = pd.DataFrame([(name, *t.score[:2]) for name,t in tried.items()], columns=['policy', 'loss', 'accuracy'])
     table = table.merge(of_trials, how='left', on='policy')
     best = choose(advantages(phase, bs, accuracies), phase, bs, accuracies)
+    if best in tried and best not in accuracies: best = max(accuracies, key=accuracies.__getitem__) # the rule's diverged
     return best,*map(float, table.set_index('policy').loc[best, ['expected', 'low', 'high']]),rule(phase, bs),table
 
 # %% ../../nbs/choose/07_find.ipynb #1989734e

@@ -9,13 +9,16 @@ from __future__ import annotations
 __all__ = ['FASTAI', 'CONVERTED', 'AnyPolicy', 'Policies', 'is_function', 'check_policies', 'in_words', 'put_policy']
 
 # %% ../../nbs/choose/00_policies.ipynb #ee75f579
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from numbers import Number
 from typing import Any
 
 from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner # with the methods that fit
 from torch import nn
+from xxhash import xxh3_64_hexdigest
 
 import bnfreeze_fastai.learner # patches `freeze_to_bn` and `convert_bn` in
 from ..freeze.callback import BatchNormFreeze, active_callback
@@ -65,11 +68,25 @@ def check_policies(
     return {str(name): _check_one(name, policy) for name,policy in named.items()}
 
 # %% ../../nbs/choose/00_policies.ipynb #f95ab4f6
+def _plain(o) -> str: return re.sub(' at 0x[0-9a-f]+', '', repr(o)) # an address is another one in each process
+
+def _contents(cell): # of a closure; empty until the variable is set
+    try: return cell.cell_contents
+    except ValueError: return None
+
+def _code_hash(f:Callable) -> str:
+    "What tells a function from another of the same name"
+    def parts(code):
+        return [code.co_code.hex(), *code.co_names, *(parts(c) if hasattr(c, 'co_code') else _plain(c) for c in code.co_consts)]
+    closed = [_plain(v) for v in map(_contents, f.__closure__ or ()) if isinstance(v, (Number, str, bytes, tuple, type(None)))]
+    return xxh3_64_hexdigest(repr((parts(f.__code__), _plain((f.__defaults__, f.__kwdefaults__)), closed)).encode())
+
 def in_words(
     policy:AnyPolicy, # From `check_policies`, or any function
 ) -> str|dict[str, ModeSpec|bool]:
     "How the settings of a results file describe a policy"
-    if isinstance(policy, partial): return f'{in_words(policy.func)} with some arguments given'
+    if isinstance(policy, partial): return f'{in_words(policy.func)} with {_plain((policy.args, policy.keywords))}'
+    if hasattr(policy, '__code__'): return f'function {policy.__qualname__} {_code_hash(policy)}'
     if hasattr(policy, '__qualname__'): return f'function {policy.__qualname__}'
     return told_policy(policy) if isinstance(policy, Policy) else str(policy)
 

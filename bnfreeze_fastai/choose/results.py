@@ -112,6 +112,14 @@ class Results:
         if self.path is None: return
         if self.path.suffix != '.csv': raise ValueError(f"The results file has to end in .csv, not {self.path.name}.")
         if resume and self.path.exists(): self.df = self._read()
+        elif not self.path.exists(): self._check_beside()
+
+    def _check_beside(self):
+        beside = self.path.with_suffix('.json')
+        if not beside.exists(): return
+        try: is_ours = GROWING in json.loads(beside.read_text(encoding='utf-8'))
+        except (OSError, ValueError, TypeError): is_ours = False
+        if not is_ours: raise ValueError(f"Settings would go into {beside}, which is a file of something else: give another name.")
 
     def _read(self) -> pd.DataFrame:
         beside = self.path.with_suffix('.json')

@@ -11,11 +11,12 @@ __all__ = ['PHASES', 'SLOW', 'ENOUGH', 'ADVICE', 'REFERENCE', 'BESIDE', 'TRIED',
 
 # %% ../../nbs/choose/04_rules.ipynb #e6eea0c0
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
-from math import log2
+from math import hypot, log2, sqrt
 
 import numpy as np, pandas as pd
+from scipy.stats import norm
 
 # %% ../../nbs/choose/04_rules.ipynb #5a8debd7
 PHASES = ('head', 'fine_tune', 'full') # the pretrained part: frozen; trains far slower than the head; at a rate like the head's
@@ -44,6 +45,7 @@ ADVICE = json.loads(files('bnfreeze_fastai').joinpath('advice.json').read_text(e
 REFERENCE = {'head': 'affine-only', 'fine_tune': 'affine-only', 'full': 'stats-only'}
 BESIDE = {**REFERENCE, 'full': 'fastai'} # which trial another is compared with
 TRIED = {'head': (_THREE := ('fastai', 'affine-only', 'converted')), 'fine_tune': _THREE, 'full': ('fastai', 'converted')}
+_ROWS_VALID = 400 # samples that the rows' trials were validated on: 269 to 500
 _MARGIN,_CLEAR = 0.04,0.1 # of accuracy: how far to be ahead of the rule; and in a trial, to count by itself
 
 def _trial_counts(policy:str, bs:int) -> bool: return policy != 'converted' or bs >= ENOUGH
@@ -87,11 +89,17 @@ def choose(
     others = [p for p in ahead if ahead_in_both(p) and _trial_counts(p, bs)]
     return max(others, key=ahead.__getitem__, default=by_rule)
 
+def _luck(accuracies:Iterable[float], n:int) -> float: # In points
+    "What 80% of differences between accuracies stay within by chance, on `n` samples over that on as many as in the rows"
+    smoothed = [(p*n + 1)/(n + 2) for p in accuracies] # Laplace: one sample says little
+    return 100*norm.ppf(0.9)*sqrt(sum(p*(1-p) for p in smoothed)*max(1/n - 1/_ROWS_VALID, 0))
+
 def expected_gains(
     phase:str, # One of `PHASES`
     bs:int, # Samples in a training batch
     trials:Mapping[str, float]|None=None, # Policy to the accuracy of its trial, from 0 to 1
     advice:Mapping=ADVICE, # Coefficients and half-widths
+    n_valid:int|None=None, # Samples that the trials were validated on; as many as in the rows if not given
 ) -> pd.DataFrame: # `policy`, `alone` (without trials), `expected` (with them), `low`, `high` (80% interval), in points; the best first
     "The gain of each policy over fastai's default"
     alone,ahead = advantages(phase, bs, advice=advice),advantages(phase, bs, trials, advice)
@@ -99,6 +107,7 @@ def expected_gains(
     def row(policy):
         gain = 100*(ahead[policy]-ahead['fastai'])
         half = 100*advice[phase]['half_width'].get(policy, {}).get('tried' if trials else 'alone', 0)
+        if half and trials and n_valid: half = hypot(half, _luck([trials[p] for p in {policy, 'fastai'} & trials.keys()], n_valid))
         expected,low,high = (min(g, left) for g in (gain, gain-half, gain+half))
         return dict(policy=policy, alone=100*(alone[policy]-alone['fastai']), expected=expected, low=low, high=high)
     return pd.DataFrame([row(p) for p in ahead]).sort_values('expected', ascending=False, ignore_index=True)

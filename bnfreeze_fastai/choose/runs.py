@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
-from math import inf
+from math import inf, isfinite, nan
 from numbers import Integral, Real
 from operator import index
 from pathlib import Path
@@ -108,16 +108,28 @@ class EpochRows(Callback):
         since:float, # A `time.perf_counter()`
         start:Snapshot, # A `snapshot` of the model
         layers:Iterable[str], # Names of the norm layers to watch
-    ): self.rows,self.since,self.start,self.layers = [],since,start,list(layers)
+    ): self.rows,self.since,self.start,self.layers,self.trains = [],since,start,list(layers),False
 
     def before_fit(self) -> None: self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
 
+    def before_train(self) -> None: self.trains = True
+
     def after_epoch(self) -> None:
-        now = time.perf_counter()
-        values = dict(zip(_told_apart(self.recorder.metric_names[1:]), map(_number, self.learn.final_record)))
+        "Add the row of an epoch that trained: a validation by itself sends this event, too"
+        if self.trains and not self.learn.lock.locked(): self.add(self.learn.final_record)
+
+    def after_cancel_fit(self) -> None:
+        "Add the row of an epoch that a loss which is not finite has ended"
+        if self.trains and not isfinite(_number(self.learn.loss)): self.add([])
+
+    def add(self,
+        record:Sequence, # Losses and metrics; those that are missing are NaN
+    ) -> None:
+        now,names = time.perf_counter(),_told_apart(self.recorder.metric_names[1:-1])
+        values = dict.fromkeys(names, nan) | dict(zip(names, map(_number, record[-len(names):]))) # a validation amid the epoch comes before
         distance = moved(self.model, self.start).set_index('layer').reindex(self.layers).mean()
         self.rows.append(dict(epoch=len(self.rows), **values, **distance, seconds=now-self.since))
-        self.since = now
+        self.since,self.trains = now,False
 
 def _told_apart(names:Sequence[str]) -> list[str]: # `f1_score`, `f1_score_2`, â€¦
     "Names of which none is the same"
@@ -126,7 +138,7 @@ def _told_apart(names:Sequence[str]) -> list[str]: # `f1_score`, `f1_score_2`, â
 
 def _number(value) -> float:
     try: return float(value)
-    except (TypeError, ValueError): return float('nan') # a metric that is no number has no mean over seeds
+    except (TypeError, ValueError): return nan # a metric that is no number has no mean over seeds
 
 # %% ../../nbs/choose/01_runs.ipynb #2cad3301
 Fit = str|Callable[[Learner, int], Any] # one of `FITS`, or a function of Learner and epochs

@@ -6,18 +6,15 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['VALID', 'parameter_groups', 'trial_copy', 'FullRun', 'TrainBatches', 'short_fit', 'compress_momentum', 'scores',
-           'few_samples', 'Trial', 'try_policy']
+__all__ = ['parameter_groups', 'trial_copy', 'FullRun', 'TrainBatches', 'short_fit', 'compress_momentum', 'Trial', 'try_policy']
 
 # %% ../../nbs/choose/05_trials.ipynb #3f4caa74
 import time
 from copy import deepcopy
 from itertools import chain, islice, repeat
-from math import inf, isnan
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
 from fastai.callback.schedule import Learner # with the methods that fit
@@ -25,14 +22,14 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Recorder
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import GetAttr, noop
-from torch import Tensor, nn
+from torch import nn
 
 from ..freeze.callback import BatchNormFreeze
 from ..freeze.groups import as_groups
 from ..layers import bn_layers
 from ..freeze.drift import BatchNormDrift
-from ..utils.loaders import in_order, n_samples
 from .policies import put_policy
+from .scores import Score, few_samples, scores
 from ..utils.restore import copied_buffers, reseed
 
 # %% ../../nbs/choose/05_trials.ipynb #bb857edb
@@ -65,14 +62,16 @@ def parameter_groups(
                          "loss function: make it anew by `learn.create_opt()`, or put them into the model.")
     return [[names[p] for p in group] for group in groups]
 
+def _made_beforehand() -> ValueError: return ValueError(
+    "The optimizer was made beforehand, for the parameters of this one model, so a copy cannot train: give the Learner a function that "
+    "makes one, such as `opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)`.")
+
 def trial_copy(
     learn:Learner, # It stays as it is
     folder:Path, # For anything that is saved
 ) -> Learner: # With an optimizer, frozen as `learn` is, without a policy
     "A Learner that trains as `learn` would, on a copy of its model; `ValueError` if it cannot be copied"
-    if isinstance(learn.opt_func, OptimWrapper): raise ValueError(
-        "The optimizer was made beforehand, for the parameters of this one model, so a copy cannot train: give the Learner a function that "
-        "makes one, such as `opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)`.")
+    if isinstance(learn.opt_func, OptimWrapper): raise _made_beforehand()
     groups = parameter_groups(learn)
     def splitter(model):
         named = dict(model.named_parameters())
@@ -85,7 +84,11 @@ def trial_copy(
     logs = lambda cb: any(t.__module__ in _LOGGERS for t in type(cb).__mro__)
     kept = [cb for cb in learn.cbs if not isinstance(cb, _SILENT) and not logs(cb)]
     trial.add_cbs([_copied(cb, learn, trial, memo) for cb in kept])
+    trial.__class__ = type(learn)
+    own = {k: v for k,v in vars(learn).items() if k not in vars(trial) and not isinstance(v, Callback)}
+    vars(trial).update({k: deepcopy(v, {**memo, id(learn): trial, id(learn.dls): learn.dls}) for k,v in own.items()})
     trial.create_opt()
+    if not {p for group in trial.opt.param_lists for p in group} <= {*model.parameters()}: raise _made_beforehand()
     trial.opt.frozen_idx = 0 if learn.opt is None else learn.opt.frozen_idx # of groups without other layers than norm, tensors do not tell
     return trial
 
@@ -134,45 +137,10 @@ def compress_momentum(
         left = max((1-layer.momentum)**full, 0.01)
         layer.momentum = max(layer.momentum, 1 - left**(1/trial))
 
-# %% ../../nbs/choose/05_trials.ipynb #0859aba5
-class _Score(Callback):
-    def before_validate(self): self.n,self.loss_sum,self.hits = 0,0.,0
-    def after_pred(self):
-        y,pred = self.learn.yb[0],self.learn.pred
-        if not isinstance(pred, Tensor) or not isinstance(y, Tensor) or y.is_floating_point() or y.dim() != 1 or pred.dim() != 2:
-            raise ValueError("the targets are not one class for each sample")
-
-    def after_loss(self):
-        y,pred = self.learn.yb[0],self.learn.pred
-        self.n += len(y)
-        self.loss_sum += self.learn.loss.detach().float().mean().item()*len(y)
-        self.hits += (pred.argmax(1) == y).sum().item()
-
-def scores(
-    learn:Learner, # Its model is run
-    dl, # Loader of the samples
-) -> tuple[float, float]: # Mean loss, infinite if it is NaN, and accuracy from 0 to 1
-    "Loss and accuracy of `learn` on `dl`; `ValueError` if the task is not one class for each sample"
-    record = _Score()
-    with learn.no_logging(), learn.no_bar(): learn.validate(dl=dl, cbs=record)
-    loss = record.loss_sum/record.n
-    return inf if isnan(loss) else loss,record.hits/record.n
-
 # %% ../../nbs/choose/05_trials.ipynb #21d15817
-VALID = 500 # samples to validate on
-
-def few_samples(
-    learn:Learner,
-    n:int=VALID, # How many at most
-): # A loader
-    "Random validation samples, the same each time"
-    dl = learn.dls.valid
-    return in_order(dl, sorted(np.random.default_rng(0).permutation(n_samples(dl))[:n].tolist()))
-
 class Trial(NamedTuple):
     "Result of a trial, and the time that it took"
-    loss:float
-    accuracy:float # From 0 to 1
+    score:Score
     train_seconds:float # Of its batches
     valid_seconds:float # Of its validation samples
 
@@ -191,4 +159,4 @@ def try_policy(
     start = time.perf_counter()
     short_fit(trial, run, n)
     trained = time.perf_counter()
-    return Trial(*scores(trial, few_samples(learn)), trained-start, time.perf_counter()-trained)
+    return Trial(scores(trial, few_samples(learn)), trained-start, time.perf_counter()-trained)

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
 
-from ..core import set_affine, warn_unkept
+from ..core import set_affine, told_set, warn_unkept
 from .groups import Groups, as_groups, frozen_groups, pretrained_norms, trained_now
 from .guard import Fixed, drop_grads, fixed_params, level_slow_weights
 from ..layers import norm_layers, norm_params
@@ -120,9 +120,8 @@ def apply(self:Attachment,
     now = self.look(groups)
     modes = self.modes(policy, groups, now)
     set_affine({groups.norms[n]: mode for n,mode in modes.items()}, among=groups.group_of.keys() - leave)
-    if point.news(opt) is not None: self.found = {}
     self.applied = True
-    point.observe(now, opt)
+    if point.observe(now, opt): self.found = {}
     point.settle(groups.model.parameters())
     fixed,fit = fixed_params(groups, now, modes),self.fit_now
     in_epoch = [] if fit is None or fit.guard is None else fit.guard.fixed.params
@@ -130,6 +129,7 @@ def apply(self:Attachment,
     drop_grads(fixed.params)
     level_slow_weights(opt, point.fixed)
     self.warned.update(warn_unkept({n: mode for n,mode in modes.items() if n not in self.warned}, groups.norms))
+    if text := told_set(modes, groups.norms): self.warn_once(text)
     return Applied(modes, now, fixed)
 
 @patch

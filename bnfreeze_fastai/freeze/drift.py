@@ -49,7 +49,7 @@ class BatchNormDrift(OneLearner):
         if self.recording and not self.start.keys() & now.keys(): self.start,self.epochs = now,[]
 
     def after_train(self) -> None:
-        if self.recording: self.epochs.append(bn_drift(self.learn.model, self.start).assign(epoch=len(self.epochs)+1))
+        if self.recording: self.epochs = [*self.epochs, bn_drift(self.learn.model, self.start).assign(epoch=len(self.epochs)+1)]
 
     @property
     def df(self) -> pd.DataFrame: # `layer`, `mean_shift`, `log_var_ratio`, `kl` as from `bn_drift`, and `epoch`, counted from 1

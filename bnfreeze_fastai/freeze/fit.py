@@ -94,9 +94,10 @@ def train(self:Fit) -> None:
     "An epoch trains: now this is a fit"
     before,self.phase = self.phase,'pending'
     if before != 'announced': return
+    if not self.at.applied: self.at.found = {p: requires_grad for p,(requires_grad,_) in self.flags.items()} # by fastai, or by hand
     learn,self.flags,self.at.applied = self.at.learn,{},True
     self.others = fingerprints_of(learn.model, other_buffers(learn.model))
-    self.at.point.observe(self.frozen, learn.opt)
+    if self.at.point.observe(self.frozen, learn.opt): self.at.found = {} # fastai's flags count in the end
     if any(isinstance(cb, BnFreeze) for cb in learn.cbs): warnings.warn(
         "fastai's `BnFreeze` is beside `BatchNormFreeze`: it puts frozen batch norm in eval mode whatever the policy says. "
         "Remove it with `learn.remove_cb(BnFreeze)`.")

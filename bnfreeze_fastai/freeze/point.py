@@ -72,9 +72,11 @@ class FreezePoint:
         by_policy = {n for n in trained if n not in before and not {*self.fixed}.isdisjoint(groups.affine[n])}
         return frozen_by_hand(groups, trained) - by_policy
 
-    def observe(self, frozen:Frozen, opt:Any) -> None:
+    def observe(self, frozen:Frozen, opt:Any) -> bool: # Has somebody set a freeze point since the last time?
         "Remember what a look saw"
+        news = self.news(opt) is not None
         self.decided,self.n,self.opt,self.idx = frozen,frozen.n,opt,opt.frozen_idx
+        return news
 
     def settle(self,
         params:Iterable[nn.Parameter], # Those of the model

@@ -55,7 +55,7 @@ class BatchNormRecalibrate(OneLearner):
 
     def move(self, learn:Learner|None, left:BatchNormRecalibrate|None) -> None:
         "Put back training's statistics; what was re-estimated is the copy's to tell"
-        self._give_back()
+        self._give_back(noted=True)
         if left is not None: self.drift = pd.DataFrame()
 
     def _give_back(self, noted:bool=False) -> None:
@@ -70,7 +70,7 @@ class BatchNormRecalibrate(OneLearner):
     def before_fit(self) -> None:
         "Put right what an exception has left behind, also before a fit for which another one is given; `lr_find` puts all back by itself"
         if self._learn is None or self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'): return
-        self._give_back()
+        self._give_back(noted=True)
         if self._in_fit(): self._init_state()
 
     def before_epoch(self) -> None:
@@ -106,6 +106,7 @@ class BatchNormRecalibrate(OneLearner):
 
     def after_fit(self) -> None:
         "Give back, or leave the Learner with the statistics of the weights that it ends with"
+        if self._now is not None and hasattr(self.learn, 'lr_finder'): self._now.note() # which has loaded what was there
         if not self._in_fit(): return
         if not self.keep: self._give_back(noted=True)
         elif self._names is not None and self._state() not in self._exact: self._reestimate()

@@ -53,4 +53,4 @@ class Reestimated:
         mine = [getattr(l, k, None) is t and t._version == version for (l,k,*_),(t,version) in zip(self.values, self.tensors)]
         mine = gathered(mine, self.model)[0] # `DistributedDataParallel` writes on all ranks but the first
         for (l,k,old,_),there,own in zip(self.values, self._there(), mine):
-            if there and (own or not noted): getattr(l, k).copy_(old)
+            if there and (own or not noted or rewrites_stats(l)): getattr(l, k).copy_(old) # some layers rewrite theirs in evaluation

@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch, warm
 from conftest import on_linux
 from fastai.callback.core import Callback
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.tracker import SaveModelCallback, TerminateOnNaNCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import AvgMetric
+from fastai.metrics import accuracy
 from learners import make_dls, make_learner
 from torch.utils.data import DataLoader
 
 from bnfreeze_fastai.choose.compare import bn_compare
+from bnfreeze_fastai.choose.policies import in_words
 from bnfreeze_fastai.choose.results import COLUMNS, Results
 from bnfreeze_fastai.choose.runs import FITS, run_policy
+from bnfreeze_fastai.digits import ValidateLast
 from bnfreeze_fastai.head import store
 from bnfreeze_fastai.layers import MODES
 from bnfreeze_fastai.utils import batches
@@ -23,6 +26,13 @@ from bnfreeze_fastai.utils import batches
 pytestmark = pytest.mark.slow
 
 get_learner = partial(make_learner, wd=0.01, lr=0.01)  # seeds its own weights: the same for all seeds
+
+
+class At(Callback):
+    "Calls a function of the Learner at an event"
+
+    def __init__(self, event, function):
+        setattr(self, event, lambda: function(self.learn))
 
 
 def without_time(df):
@@ -244,6 +254,68 @@ def test_functions_are_given_a_frozen_learner():
     for n in (-1, 0):
         bn_compare(get_learner, {'a': look}, 1, 1, 'fit', freeze_to=n)
         assert found['trains'] == [n == 0] * 2
+
+
+def test_a_validation_within_a_run_is_no_epoch():
+    def fit(learn, epochs):
+        learn.fit(epochs)
+        learn.validate()
+
+    plain, then = (bn_compare(partial(get_learner, metrics=accuracy), ['train'], 2, 1, how, 0).df for how in ('fit', fit))
+    pd.testing.assert_frame_equal(without_time(then), without_time(plain))
+
+
+@pytest.mark.parametrize('at', [0, 1])
+def test_a_run_that_a_loss_which_is_not_finite_has_ended_counts_as_diverged(at):
+    def spoil(learn):
+        if learn.epoch == at:
+            learn.model[1][-1].weight.data.fill_(float('nan'))
+
+    def learner():
+        return get_learner(metrics=accuracy, cbs=[At('before_train', spoil), TerminateOnNaNCallback()])
+
+    compared = bn_compare({'a': learner}['a'], ['train', 'frozen'], 3, 1, 'fit', 0, results='runs.csv')
+    assert compared.unfinished == 0 and len(compared.df) == 2 * (at + 1) and compared.final['valid_loss'].isna().all()
+    assert compared.differences['verdict'].tolist() == ['no number in a run'] and compared.score == 'accuracy'
+    assert bn_compare(learner, ['train', 'frozen'], 3, 1, 'fit', 0, results='runs.csv').df.equals(compared.df)
+
+
+def test_epochs_without_validation_keep_the_columns_in_order():
+    compared = bn_compare(partial(get_learner, metrics=accuracy, cbs=ValidateLast()), ['train'], 2, 1, 'fit', 0)
+    assert compared.score == 'accuracy' and compared.df['accuracy'].isna().tolist() == [True, False]
+
+
+def test_functions_of_one_name_are_told_apart():
+    def make(value):
+        def policy(learn):
+            learn.freeze_to(value)
+
+        return policy
+
+    def other(value):
+        def policy(learn):
+            learn.freeze_to(value + 1)
+
+        return policy
+
+    def args(learn, n):
+        learn.freeze_to(n)
+
+    told = [in_words(f) for f in (make(0), make(1), other(0), partial(args, n=0), partial(args, n=1), partial(args, n=object))]
+    assert len({*told}) == len(told) and in_words(make(0)) == told[0] and ' at 0x' not in ''.join(told)
+    compared = bn_compare(get_learner, {'mine': make(0)}, 1, 1, 'fit', 0, results='runs.csv')
+    assert bn_compare(get_learner, {'mine': make(0)}, 1, 1, 'fit', 0, results='runs.csv').df.equals(compared.df)
+    with pytest.raises(ValueError, match='other settings: policy mine'):
+        bn_compare(get_learner, {'mine': make(1)}, 1, 1, 'fit', 0, results='runs.csv')
+
+
+@pytest.mark.parametrize('resume', [True, False])
+def test_a_file_of_something_else_is_not_replaced(resume):
+    for text in ('{"mine": 1}', '[1]', 'no JSON'):
+        Path('runs.json').write_text(text)
+        with pytest.raises(ValueError, match='file of something else'):
+            bn_compare(get_learner, ['train'], 1, 1, 'fit', 0, results='runs.csv', resume=resume)
+        assert Path('runs.json').read_text() == text and not Path('runs.csv').exists()
 
 
 def test_metrics_of_one_name_are_told_apart():

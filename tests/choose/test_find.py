@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import bnfreeze_fastai.choose.find
+from bnfreeze_fastai.freeze.callback import active_callback
 from bnfreeze_fastai.choose.rules import ADVICE, expected_gains, REFERENCE, TRIED
 from bnfreeze_fastai.stats.recalibrate import recalibrate_bn
 
@@ -225,13 +226,74 @@ def test_slices_over_three_groups_are_the_phase_of_fine_tune(fit, lr):
     assert find(learn, epochs=10, fit=fit, lr=lr).by_rule == 'affine-only'
 
 
-def test_an_optimizer_that_was_made_for_the_model_is_refused():
+@pytest.mark.parametrize('wrap', [lambda opt: opt, lambda opt: lambda params, **_: opt], ids=['itself', 'by a function'])
+def test_an_optimizer_that_was_made_for_the_model_is_refused(wrap):
     learn = make()
-    learn.opt_func = OptimWrapper(opt=torch.optim.AdamW(learn.model.parameters()))
+    learn.opt_func = wrap(OptimWrapper(opt=torch.optim.AdamW(learn.model.parameters())))
     everything = Everything(learn)
     with pytest.raises(ValueError, match='made beforehand.*partial'):
         find(learn)
     assert not everything.changed()
+
+
+class Breaks(Callback):
+    "Lets trials with a policy of ours diverge"
+
+    run_valid = False
+
+    def after_step(self):
+        if active_callback(self.learn) is not None:
+            self.model[1][-1].weight.data.fill_(float('nan'))
+
+
+def test_a_trial_that_diverged_has_no_accuracy_and_is_not_suggested():
+    learn = make()
+    learn.add_cb(Breaks())
+    found = find(learn, epochs=10, fit='fine_tune')
+    table = found.table.set_index('policy')
+    assert found.suggestion == 'fastai' and found.gain == 0 and "Diverged, so left out: 'affine-only', 'converted'" in found.why
+    assert table.loc[['affine-only', 'converted'], 'accuracy'].isna().all() and np.isinf(table.loc['affine-only', 'loss'])
+
+
+class Sees(Callback):
+    seen = []
+
+    def before_batch(self):
+        self.seen.append((type(self.learn) is Half, len(self.xb[0])))
+
+
+class Half(Learner):
+    "Sees half of each batch, by an attribute of its own"
+
+    def _split(self, b):
+        super()._split(b)
+        self.xb, self.yb = (self.xb[0][: self.part],), (self.yb[0][: self.part],)
+
+
+def test_a_trial_is_of_the_class_of_the_learner_with_what_it_has():
+    learn = make()
+    learn.__class__, learn.part = Half, 4
+    learn.add_cb(Sees())
+    find(learn, epochs=10)
+    assert {*Sees.seen} == {(True, 4), (True, 2)} and 'part' in vars(learn)  # two samples show what the task is
+
+
+def test_errors_of_ones_own_are_no_unknown_task():
+    class Fails(Callback):
+        def after_pred(self):
+            if not self.training:
+                raise ValueError('my bug')
+
+    learn = make()
+    learn.add_cb(Fails())
+    with pytest.raises(ValueError, match='my bug'):
+        find(learn)
+
+
+def test_few_validation_samples_widen_the_interval():
+    table = find(make(), epochs=10, fit='fine_tune').table.set_index('policy')  # validates on eight samples
+    of_rows = expected_gains('fine_tune', 8, table['accuracy'].dropna().to_dict()).set_index('policy')
+    assert table.loc['affine-only', 'low'] < of_rows.loc['affine-only', 'low'] - 5
 
 
 class Raises(Callback):

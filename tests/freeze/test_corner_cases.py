@@ -503,6 +503,54 @@ def test_bad_globs_passed_to_a_fit_leave_no_other_callback_behind():
             make_learner(cbs=bad)
 
 
+@pytest.mark.parametrize('train_bn', [True, False])
+@pytest.mark.parametrize('freeze', ['freeze', 'unfreeze'])
+@pytest.mark.parametrize('off', [False, True])
+def test_what_is_given_back_is_as_fastai_has_it_after_the_last_freeze_point(freeze, train_bn, off):
+    def flags(**kwargs):
+        model = body_and_head()
+        if off:
+            model[0][1].requires_grad_(False)
+            model[0][4].requires_grad_(False)
+        learn = make_learner(model=model, train_bn=train_bn, **kwargs)
+        getattr(learn, freeze)()
+        learn.fit(1)
+        learn.remove_cb(BatchNormFreeze)
+        return [p.requires_grad for p in learn.model.parameters()]
+
+    assert flags(cbs=BatchNormFreeze()) == flags()
+
+
+@pytest.mark.parametrize('event', ['before_train', 'after_batch'])
+@pytest.mark.parametrize('again', [False, True])
+def test_added_amid_an_epoch_it_holds_from_the_next_batch_on(event, again):
+    learn = trained(cbs=[BatchNormFreeze()] * again)
+    learn.freeze()
+
+    def add(learn):
+        if again:
+            with learn.removed_cbs(learn.batch_norm_freeze):
+                pass
+        else:
+            learn.add_cb(BatchNormFreeze())
+        body.append(Body(learn.model[0]))
+
+    body = []
+    learn.fit(1, cbs=At(event, add))
+    assert body[0].moved() == set() and held(learn) == []
+
+
+def test_a_mode_set_by_hand_that_a_policy_overrides_is_told():
+    learn = trained()
+    set_bn_mode(learn.model[0], 'frozen')
+    with pytest.warns(UserWarning, match=r"`set_bn_mode` has set other modes on \['0.1', '0.4'\]"):
+        learn.freeze_to_bn(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.freeze_to_bn(-1, bn='frozen')
+        learn.fit(1)
+
+
 def test_an_epoch_that_is_cancelled_before_its_first_batch_hides_nothing_later():
     class CancelsThenWrites(Callback):
         def before_train(self):

@@ -793,3 +793,25 @@ def test_wrong_settings(wrong):
     with pytest.raises(ValueError, match=f'`{next(iter(wrong))}` has to be'):
         BatchNormRecalibrate(**wrong)
     BatchNormRecalibrate(every=np.int64(2), n_batches=np.int64(2))
+
+
+class Interrupts(Callback):
+    def after_validate(self):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    'then', [lambda learn: learn.remove_cb(BatchNormRecalibrate), lambda learn: learn.fit(1, 0)], ids=['removed', 'fit']
+)
+@pytest.mark.parametrize('writes', [lambda learn: learn.recalibrate_bn(), lambda learn: learn.load('kept')], ids=['re-estimated', 'loaded'])
+def test_what_somebody_writes_after_an_interrupted_fit_stays(writes, then):
+    learn = pretrained(cbs=BatchNormRecalibrate())
+    learn.freeze_to_bn(0, bn_above='train')
+    learn.save('kept')
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, cbs=Interrupts())
+    writes(learn)
+    learn.freeze_to_bn(0, bn_above='affine-only')
+    stats = bits(b for l in norm_layers(learn.model).values() for b in stats_buffers(l).values())
+    then(learn)
+    assert same(stats, [b for l in norm_layers(learn.model).values() for b in stats_buffers(l).values()])
