@@ -229,6 +229,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'bnfreeze_fastai/choose/trials.py'),
                                                'bnfreeze_fastai.choose.trials._made_beforehand': ( 'choose/trials.html#_made_beforehand',
                                                                                                    'bnfreeze_fastai/choose/trials.py'),
+                                               'bnfreeze_fastai.choose.trials._own_copy': ( 'choose/trials.html#_own_copy',
+                                                                                            'bnfreeze_fastai/choose/trials.py'),
                                                'bnfreeze_fastai.choose.trials.compress_momentum': ( 'choose/trials.html#compress_momentum',
                                                                                                     'bnfreeze_fastai/choose/trials.py'),
                                                'bnfreeze_fastai.choose.trials.parameter_groups': ( 'choose/trials.html#parameter_groups',

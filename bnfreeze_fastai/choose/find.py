@@ -55,6 +55,8 @@ def _as_run(trial:Learner, fit:str, epochs:int, lr:float|slice|None) -> tuple[Fu
     "`trial` is a copy, with an optimizer"
     frozen = frozen_groups(Groups(trial.model, trial.opt.param_lists), trial.opt.frozen_idx)
     tuned = fit == 'fine_tune' # an epoch more, with all but the head frozen
+    if all(frozen) and not tuned: raise ValueError("All of the model is frozen, so nothing would train: call `learn.freeze()` or "
+                                                   "`learn.unfreeze()` first, or give `fit='fine_tune'`.")
     run = FullRun(fit, epochs, lr, -1 if tuned else sum(frozen), n_batches(trial)[0]*(epochs+tuned))
     return run,phase_of(*_rates(trial, fit, lr, frozen))
 

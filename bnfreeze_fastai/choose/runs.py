@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import signature
-from math import inf, isfinite, nan
+from itertools import chain, count
+from math import inf, nan
 from numbers import Integral, Real
 from operator import index
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner # with the methods that fit
 from fastai.learner import Recorder
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from xxhash import xxh3_128_hexdigest
 
@@ -120,7 +121,8 @@ class EpochRows(Callback):
 
     def after_cancel_fit(self) -> None:
         "Add the row of an epoch that a loss which is not finite has ended"
-        if self.trains and not isfinite(_number(self.learn.loss)): self.add([])
+        loss = getattr(self.learn, 'loss', None)
+        if self.trains and isinstance(loss, Tensor) and not loss.isfinite().all(): self.add([])
 
     def add(self,
         record:Sequence, # Losses and metrics; those that are missing are NaN
@@ -133,8 +135,9 @@ class EpochRows(Callback):
 
 def _told_apart(names:Sequence[str]) -> list[str]: # `f1_score`, `f1_score_2`, …
     "Names of which none is the same"
-    times = [names[:i+1].count(name) for i,name in enumerate(names)]
-    return [name if n == 1 else f'{name}_{n}' for name,n in zip(names, times)]
+    found = []
+    for name in names: found.append(next(n for n in chain([name], (f'{name}_{i}' for i in count(2))) if n not in found))
+    return found
 
 def _number(value) -> float:
     try: return float(value)

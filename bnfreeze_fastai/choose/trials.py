@@ -51,6 +51,10 @@ def _copied(cb:Callback, learn:Learner, trial:Learner, memo:dict) -> Callback:
         raise ValueError(f"The callback {cb.name} cannot be copied for trials ({type(e).__name__}: {e}): take it off with "
                          f"`with learn.removed_cbs(learn.{cb.name}): …`.") from e
 
+def _own_copy(v, memo:dict):
+    "An attribute of a Learner's own for a copy of it: modules and collections may change, all else is shared"
+    return deepcopy(v, dict(memo)) if isinstance(v, (nn.Module, list, dict, set)) else v
+
 def parameter_groups(
     learn:Learner, # With or without an optimizer
 ) -> list[list[str]]: # Names of the parameters in each group
@@ -85,8 +89,7 @@ def trial_copy(
     kept = [cb for cb in learn.cbs if not isinstance(cb, _SILENT) and not logs(cb)]
     trial.add_cbs([_copied(cb, learn, trial, memo) for cb in kept])
     trial.__class__ = type(learn)
-    own = {k: v for k,v in vars(learn).items() if k not in vars(trial) and not isinstance(v, Callback)}
-    vars(trial).update({k: deepcopy(v, {**memo, id(learn): trial, id(learn.dls): learn.dls}) for k,v in own.items()})
+    vars(trial).update({k: _own_copy(v, memo) for k,v in vars(learn).items() if k not in vars(trial) and not isinstance(v, Callback)})
     trial.create_opt()
     if not {p for group in trial.opt.param_lists for p in group} <= {*model.parameters()}: raise _made_beforehand()
     trial.opt.frozen_idx = 0 if learn.opt is None else learn.opt.frozen_idx # of groups without other layers than norm, tensors do not tell

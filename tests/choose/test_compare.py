@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch, warm
 from conftest import on_linux
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import SaveModelCallback, TerminateOnNaNCallback
 from fastai.data.core import DataLoaders
-from fastai.learner import AvgMetric
+from fastai.learner import ValueMetric
 from fastai.metrics import accuracy
 from learners import make_dls, make_learner
 from torch.utils.data import DataLoader
@@ -280,6 +280,15 @@ def test_a_run_that_a_loss_which_is_not_finite_has_ended_counts_as_diverged(at):
     assert bn_compare(learner, ['train', 'frozen'], 3, 1, 'fit', 0, results='runs.csv').df.equals(compared.df)
 
 
+def test_a_run_that_is_cancelled_before_its_first_batch_has_not_diverged():
+    class Cancels(Callback):
+        def before_train(self):
+            if self.epoch == 1:
+                raise CancelFitException()
+
+    assert bn_compare(partial(get_learner, cbs=Cancels()), ['train'], 3, 1, 'fit', 0).df['train_loss'].notna().tolist() == [True]
+
+
 def test_epochs_without_validation_keep_the_columns_in_order():
     compared = bn_compare(partial(get_learner, metrics=accuracy, cbs=ValidateLast()), ['train'], 2, 1, 'fit', 0)
     assert compared.score == 'accuracy' and compared.df['accuracy'].isna().tolist() == [True, False]
@@ -319,12 +328,7 @@ def test_a_file_of_something_else_is_not_replaced(resume):
 
 
 def test_metrics_of_one_name_are_told_apart():
-    def always(pred, y, value):
-        return torch.tensor(value)
-
-    metrics = [AvgMetric(partial(always, value=v)) for v in (0.25, 0.5, 0.75)]
-    for m in metrics:
-        m.func.func.__name__ = 'always'
+    metrics = [ValueMetric(partial(float, v), name) for v, name in ((0.25, 'always'), (0.5, 'always_2'), (0.75, 'always'))]
     compared = bn_compare(partial(get_learner, metrics=metrics), ['train'], 1, 1, 'fit')
     assert compared.final[['always', 'always_2', 'always_3']].to_numpy().tolist() == [[0.25, 0.5, 0.75]] and compared.score == 'always'
 

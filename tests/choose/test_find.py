@@ -236,6 +236,13 @@ def test_an_optimizer_that_was_made_for_the_model_is_refused(wrap):
     assert not everything.changed()
 
 
+def test_a_model_that_is_frozen_as_a_whole():
+    learn = make()
+    learn.model.requires_grad_(False)
+    with pytest.raises(ValueError, match='nothing would train'):
+        find(learn)
+
+
 class Breaks(Callback):
     "Lets trials with a policy of ours diverge"
 
@@ -260,6 +267,7 @@ class Sees(Callback):
 
     def before_batch(self):
         self.seen.append((type(self.learn) is Half, len(self.xb[0])))
+        self.learn.notes.append(self.iter)
 
 
 class Half(Learner):
@@ -272,10 +280,10 @@ class Half(Learner):
 
 def test_a_trial_is_of_the_class_of_the_learner_with_what_it_has():
     learn = make()
-    learn.__class__, learn.part = Half, 4
+    learn.__class__, learn.part, learn.notes = Half, 4, []
     learn.add_cb(Sees())
     find(learn, epochs=10)
-    assert {*Sees.seen} == {(True, 4), (True, 2)} and 'part' in vars(learn)  # two samples show what the task is
+    assert {*Sees.seen} == {(True, 4), (True, 2)} and learn.notes == []  # two samples show what the task is
 
 
 def test_errors_of_ones_own_are_no_unknown_task():
