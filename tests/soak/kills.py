@@ -162,6 +162,7 @@ class Kind(NamedTuple):
 _SAVED = {'models', *(f'models/model_{i}.pth' for i in range(N_EPOCHS))}
 _RUNS = {'runs.csv', 'runs.json'}
 _RESUMES = 'resumed from the newest whole checkpoint; fixed tensors bitwise the pretrained ones; same end as without a kill'
+_NO_RUN_LOST, _ONE_FOLDER = 'no finished run lost, changed or run twice', 'each kill leaves one folder in TMPDIR at most'
 KINDS = {
     'training': Kind(training, {}, _SAVED, _RESUMES),
     'checkpoint write': Kind(
@@ -172,9 +173,11 @@ KINDS = {
         Stage('writing', 'written', times=3),
     ),
     'precompute': Kind(training, dict(stored=True), _SAVED, f'{_RESUMES}; no file of features left', Stage('filling', 'training', 0.5)),
-    'comparison': Kind(runs, {}, _RUNS, 'no finished run lost, changed or run twice', Stage('adding', 'added', 0.5, 3), whole_runs),
-    'comparison, 2 processes': Kind(runs, dict(n_jobs=2), _RUNS, 'the same', Stage('adding', 'added', 0.7, 3), whole_runs, 2),
-    'search': Kind(search, {}, set(), 'the same trials as without a kill; each kill leaves one folder in TMPDIR at most', folders=1),
+    'comparison': Kind(runs, {}, _RUNS, f'{_NO_RUN_LOST}; {_ONE_FOLDER}', Stage('adding', 'added', 0.5, 3), whole_runs, folders=1),
+    'comparison, 2 processes': Kind(
+        runs, dict(n_jobs=2), _RUNS, f'{_NO_RUN_LOST}; the same of each process', Stage('adding', 'added', 0.7, 3), whole_runs, 2, 2
+    ),
+    'search': Kind(search, {}, set(), f'the same trials as without a kill; {_ONE_FOLDER}', folders=1),
 }
 
 
