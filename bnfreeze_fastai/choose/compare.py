@@ -15,6 +15,7 @@ __all__ = ['Comparison', 'check_training', 'bn_compare']
 # %% ../../nbs/choose/06_compare.ipynb #d32055dc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import matplotlib.pyplot as plt, pandas as pd
@@ -177,10 +178,10 @@ def bn_compare(
     jobs = [(name, seed) for seed in seeds for name in policies]
     todo = [job for job in jobs if not results.has(*job)]
     if todo: results.check_writable()
-    with kept_rng():
+    with kept_rng(), TemporaryDirectory() as folder:
         known = set(results.df.get('seed', [])) & set(seeds)
         _try_first(get_learner, policies, results.df, min(known or seeds), how['freeze_to'])
-        unfinished = _collect(todo, policies, results, n_jobs, get_learner=get_learner, **how)
+        unfinished = _collect(todo, policies, results, n_jobs, get_learner=get_learner, folder=Path(folder), **how)
     if results.df.empty: return Comparison(results.df, 'valid_loss', unfinished)
     by_run = dict(tuple(results.df.groupby(['policy', 'seed'])))
     df = pd.concat([by_run[job] for job in jobs if job in by_run], ignore_index=True)

@@ -149,9 +149,10 @@ FITS = ('fine_tune', 'fit_one_cycle', 'fit_flat_cos', 'fit')
 
 # %% ../../nbs/choose/01_runs.ipynb #f6ab47ba
 @contextmanager
-def _own_folder(learn:Learner) -> Iterator[None]:
-    "A folder for what callbacks save"
-    with TemporaryDirectory() as folder, standing_in(learn, dict(path=Path(folder), model_dir='models')): yield
+def _own_folder(learn:Learner, parent:Path|None) -> Iterator[None]:
+    "A folder for what callbacks save, in `parent` if this machine has it"
+    with TemporaryDirectory(dir=parent if parent and parent.is_dir() else None) as folder:
+        with standing_in(learn, dict(path=Path(folder), model_dir='models')): yield
 
 @contextmanager
 def _stored_features(learn:Learner, allowed:bool) -> Iterator[bool]: # Whether they are used
@@ -173,12 +174,13 @@ def run_policy(
     freeze_to:int=-1, # Freeze point
     lr:float|slice|None=None, # Learning rate; the default of `fit` if not given
     precompute:bool=True, # Train on stored features where that is exact?
+    folder:Path|None=None, # Where to make the folder for what callbacks save; the temporary folder if not given
 ) -> list[dict[str, Any]]: # One row per epoch: see the table below
     "One full run"
     since = time.perf_counter()
     learn = new_learner(get_learner, seed)
     weights,start = weights_hash(learn.model),snapshot(learn.model)
-    with learn.no_bar(), learn.no_logging(), _own_folder(learn):
+    with learn.no_bar(), learn.no_logging(), _own_folder(learn, folder):
         put_policy(learn, policy, freeze_to)
         if learn.opt is None: learn.create_opt()
         record = EpochRows(since, start, pretrained_norms(Groups(learn.model, learn.opt.param_lists)))

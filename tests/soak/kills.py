@@ -174,9 +174,7 @@ KINDS = {
     ),
     'precompute': Kind(training, dict(stored=True), _SAVED, f'{_RESUMES}; no file of features left', Stage('filling', 'training', 0.5)),
     'comparison': Kind(runs, {}, _RUNS, f'{_NO_RUN_LOST}; {_ONE_FOLDER}', Stage('adding', 'added', 0.5, 3), whole_runs, folders=1),
-    'comparison, 2 processes': Kind(
-        runs, dict(n_jobs=2), _RUNS, f'{_NO_RUN_LOST}; the same of each process', Stage('adding', 'added', 0.7, 3), whole_runs, 2, 2
-    ),
+    'comparison, 2 processes': Kind(runs, dict(n_jobs=2), _RUNS, 'the same', Stage('adding', 'added', 0.7, 3), whole_runs, 2, 1),
     'search': Kind(search, {}, set(), f'the same trials as without a kill; {_ONE_FOLDER}', folders=1),
 }
 
