@@ -127,7 +127,8 @@ class EpochRows(Callback):
     def add(self,
         record:Sequence, # Losses and metrics; those that are missing are NaN
     ) -> None:
-        now,names = time.perf_counter(),_told_apart(self.recorder.metric_names[1:-1])
+        now,names = time.perf_counter(),self.recorder.metric_names[1:]
+        names = _told_apart(names[:-1] if self.recorder.add_time else names) # the last one is the time
         values = dict.fromkeys(names, nan) | dict(zip(names, map(_number, record[-len(names):]))) # a validation amid the epoch comes before
         distance = moved(self.model, self.start).set_index('layer').reindex(self.layers).mean()
         self.rows.append(dict(epoch=len(self.rows), **values, **distance, seconds=now-self.since))

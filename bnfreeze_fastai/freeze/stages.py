@@ -90,7 +90,9 @@ def refuse_to_change_what_trains(
     trained_by:Callable[[Policy], Set[str]], # The names of the layers whose weight and bias a policy trains
 ) -> None:
     "Raise `ValueError` for a schedule that `DistributedDataParallel` cannot follow"
-    for at,policy in stages.steps:
-        if changed := sorted(trained_by(policy) ^ trained_by(stages.steps[0][1])):
+    (_,first),*later = stages.steps
+    at_first = trained_by(first)
+    for at,policy in later:
+        if changed := sorted(trained_by(policy) ^ at_first):
             raise ValueError(f"From {at} of the fit on, `schedule` changes whether weight and bias of {changed} are trained, which a "
                              "distributed fit cannot follow: change only the statistics there, or train the last part in a fit of its own.")

@@ -280,6 +280,16 @@ def test_a_run_that_a_loss_which_is_not_finite_has_ended_counts_as_diverged(at):
     assert bn_compare(learner, ['train', 'frozen'], 3, 1, 'fit', 0, results='runs.csv').df.equals(compared.df)
 
 
+def test_a_recorder_that_does_not_note_the_time_loses_no_metric():
+    def without():
+        learn = get_learner(metrics=accuracy)
+        learn.recorder.add_time = False
+        return learn
+
+    with_time, df = (bn_compare(f, ['train'], 1, 1, 'fit', 0).df for f in (partial(get_learner, metrics=accuracy), without))
+    pd.testing.assert_frame_equal(without_time(df), without_time(with_time))
+
+
 def test_a_run_that_is_cancelled_before_its_first_batch_has_not_diverged():
     class Cancels(Callback):
         def before_train(self):
